@@ -1,0 +1,207 @@
+// The Python module `hnet_kernels._C`: raw pointers and sizes in, nothing out. It knows no torch type, so it neither
+// needs torch to build nor breaks when torch changes. `hnet_kernels/native.py` owns shapes, dtypes and allocation;
+// this file checks what would make a kernel read outside its arrays.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace hnet;
+using ptr = uintptr_t;
+using i64 = int64_t;
+
+namespace {
+
+template <class T>
+T* as(ptr p) {
+  return reinterpret_cast<T*>(p);
+}
+Rows rows(ptr p, i64 stride) { return {as<void>(p), stride}; }
+
+void check_cu_seqlens(const int32_t* cu, i64 N, i64 T, bool padded) {
+  auto fail = [](const std::string& what) { throw std::invalid_argument("cu_seqlens " + what); };
+  if (cu[0] != 0) fail("must start at 0, got " + std::to_string(cu[0]));
+  for (i64 n = 0; n < N; ++n) {
+    if (cu[n + 1] < cu[n]) {
+      fail("must not decrease, got " + std::to_string(cu[n]) + " before " + std::to_string(cu[n + 1]) + " at index " +
+           std::to_string(n + 1));
+    }
+  }
+  if (padded ? cu[N] > T : cu[N] != T) {
+    fail("must end at T = " + std::to_string(T) + ", the number of positions, got " + std::to_string(cu[N]));
+  }
+}
+
+// A Routing made by `route` always passes; one put together by hand may not.
+void check_chunks(const int32_t* chunk_start, i64 M, const int32_t* cu_chunks, const int32_t* cu, i64 N, i64 T) {
+  check_cu_seqlens(cu, N, T, true);
+  bool ok = cu_chunks[0] == 0 && cu_chunks[N] <= M;
+  for (i64 n = 0; n < N && ok; ++n) {
+    i64 first = cu_chunks[n], last = cu_chunks[n + 1];
+    ok = last >= first && last <= M && (last > first) == (cu[n + 1] > cu[n]) && (last == first || chunk_start[first] == cu[n]);
+    for (i64 m = first; m < last && ok; ++m) {
+      ok = chunk_start[m] < (m + 1 < last ? chunk_start[m + 1] : cu[n + 1]);
+    }
+  }
+  if (!ok) {
+    throw std::invalid_argument(
+        "routing is inconsistent: chunk_start must rise within each sequence and begin at its first position, "
+        "and cu_chunks must count its entries");
+  }
+}
+
+#define ARGS py::call_guard<py::gil_scoped_release>()
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of hnet_kernels; use hnet_kernels, not this module.";
+
+  m.def("cpu_isa", [] { return kernels().isa; });
+  m.def("has_openmp", [] {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+  });
+  m.def("has_cuda", [] {
+#ifdef HNET_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+  });
+
+  // Freed blocks up to `bytes` go back to the heap instead of the kernel: the next tensor of that size costs no page faults.
+  m.def("keep_memory", [](i64 bytes) {
+#ifdef __GLIBC__
+    return mallopt(M_MMAP_THRESHOLD, int(bytes)) == 1 && mallopt(M_TRIM_THRESHOLD, int(bytes)) == 1;
+#else
+    (void)bytes;
+    return false;
+#endif
+  });
+
+  m.def("check_cu_seqlens", [](ptr cu, i64 N, i64 T, bool padded) { check_cu_seqlens(as<int32_t>(cu), N, T, padded); });
+
+  m.def(
+      "route_fwd",
+      [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, ptr cu, i64 N, i64 T, i64 D, float bias_scale, ptr candidates,
+         bool padded, i64 budget, ptr prob, ptr mask, ptr selected, ptr cos, ptr inv_q, ptr inv_k, ptr chunk_index, ptr cu_chunks,
+         ptr prob_sum, ptr num_dropped, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, padded);
+        RouteFwd a{rows(q, q_stride), rows(k, k_stride), as<int32_t>(cu), N, T, D, bias_scale, as<uint8_t>(candidates),
+                   as<float>(prob), as<float>(selected), as<uint8_t>(mask), as<float>(cos), as<float>(inv_q), as<float>(inv_k)};
+        kernels().route_fwd(Dtype(dtype), a, threads);
+        return compact({as<int32_t>(cu), N, T, budget, as<float>(prob), as<uint8_t>(mask), as<float>(selected),
+                        as<int32_t>(chunk_index), as<int32_t>(cu_chunks), as<float>(prob_sum), as<int32_t>(num_dropped)});
+      },
+      ARGS);
+  m.def(
+      "fill_chunk_start",
+      [](ptr mask, i64 T, i64 num_valid, ptr chunk_start, i64 M, int) {
+        fill_chunk_start(as<uint8_t>(mask), T, num_valid, as<int32_t>(chunk_start), M);
+      },
+      ARGS);
+  m.def(
+      "route_bwd",
+      [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, ptr cu, i64 N, i64 T, i64 D, float bias_scale, ptr mask, ptr cos,
+         ptr inv_q, ptr inv_k, ptr dprob, ptr dselected, ptr dprob_sum, ptr dq, ptr dk, ptr dbias, int threads) {
+        RouteBwd a{rows(q, q_stride), rows(k, k_stride), as<int32_t>(cu), N, T, D, bias_scale, as<uint8_t>(mask),
+                   as<float>(cos), as<float>(inv_q), as<float>(inv_k), as<float>(dprob), as<float>(dselected),
+                   as<float>(dprob_sum), rows(dq, D), rows(dk, D), as<float>(dbias)};
+        kernels().route_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "pool_fwd",
+      [](int dtype, int mode, ptr x, i64 x_stride, ptr chunk_start, ptr cu_chunks, ptr cu, i64 N, i64 T, i64 M, i64 D, ptr z,
+         int threads) {
+        const int32_t *cc = as<int32_t>(cu_chunks), *cs = as<int32_t>(cu);
+        check_chunks(as<int32_t>(chunk_start), M, cc, cs, N, T);
+        kernels().pool_fwd(Dtype(dtype), {PoolMode(mode), rows(x, x_stride), as<int32_t>(chunk_start), M, cc[N], cs[N], T, D,
+                                          rows(z, D), {}}, threads);
+      },
+      ARGS);
+  m.def(
+      "pool_bwd",
+      [](int dtype, int mode, ptr x, i64 x_stride, ptr dz, i64 dz_stride, ptr chunk_start, ptr cu_chunks, ptr cu, i64 N, i64 T,
+         i64 M, i64 D, ptr dx, int threads) {
+        kernels().pool_bwd(Dtype(dtype), {PoolMode(mode), rows(x, x_stride), as<int32_t>(chunk_start), M, as<int32_t>(cu_chunks)[N],
+                                          as<int32_t>(cu)[N], T, D, rows(dz, dz_stride), rows(dx, D)}, threads);
+      },
+      ARGS);
+
+  m.def(
+      "dechunk_fwd",
+      [](int dtype, int residual_dtype, ptr z, i64 z_stride, ptr residual, i64 residual_stride, ptr prob, ptr cu, ptr cu_chunks,
+         ptr chunk_start, i64 N, i64 T, i64 M, i64 D, ptr out, int threads) {
+        check_chunks(as<int32_t>(chunk_start), M, as<int32_t>(cu_chunks), as<int32_t>(cu), N, T);
+        Dechunk a{};
+        a.z = rows(z, z_stride), a.residual = rows(residual, residual_stride), a.residual_dtype = Dtype(residual_dtype);
+        a.prob = as<float>(prob), a.cu_seqlens = as<int32_t>(cu), a.cu_chunks = as<int32_t>(cu_chunks);
+        a.chunk_start = as<int32_t>(chunk_start), a.N = N, a.T = T, a.M = M, a.D = D, a.out = rows(out, D);
+        kernels().dechunk_fwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+  m.def(
+      "dechunk_bwd",
+      [](int dtype, ptr dout, i64 dout_stride, ptr z, i64 z_stride, ptr prob, ptr cu, ptr cu_chunks, ptr chunk_start, i64 N, i64 T,
+         i64 M, i64 D, ptr dz, ptr dprob, ptr dselected, int threads) {
+        Dechunk a{};
+        a.z = rows(z, z_stride), a.dout = rows(dout, dout_stride), a.prob = as<float>(prob);
+        a.cu_seqlens = as<int32_t>(cu), a.cu_chunks = as<int32_t>(cu_chunks), a.chunk_start = as<int32_t>(chunk_start);
+        a.N = N, a.T = T, a.M = M, a.D = D, a.dz = rows(dz, D), a.dprob = as<float>(dprob), a.dselected = as<float>(dselected);
+        kernels().dechunk_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "ema_fwd",
+      [](int dtype, ptr z, i64 z_stride, ptr p, ptr cu, i64 N, i64 T, i64 D, ptr initial, ptr y, ptr final_state, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, false);
+        Ema a{};
+        a.z = rows(z, z_stride), a.p = as<float>(p), a.cu_seqlens = as<int32_t>(cu), a.N = N, a.T = T, a.D = D;
+        a.initial_state = as<float>(initial), a.y = rows(y, D), a.final_state = as<float>(final_state);
+        kernels().ema_fwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+  m.def(
+      "ema_bwd",
+      [](int dtype, ptr dy, i64 dy_stride, ptr dfinal, ptr z, i64 z_stride, ptr p, ptr cu, i64 N, i64 T, i64 D, ptr initial, ptr dz,
+         ptr dp, ptr dinitial, int threads) {
+        Ema a{};
+        a.dy = rows(dy, dy_stride), a.dfinal = as<float>(dfinal), a.z = rows(z, z_stride), a.p = as<float>(p);
+        a.cu_seqlens = as<int32_t>(cu), a.N = N, a.T = T, a.D = D, a.initial_state = as<float>(initial);
+        a.dz = rows(dz, D), a.dp = as<float>(dp), a.dinitial = as<float>(dinitial);
+        kernels().ema_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "route_step",
+      [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, i64 B, i64 D, float bias_scale, ptr is_first, ptr candidates, ptr prob,
+         ptr selected, ptr mask, int threads) {
+        kernels().route_step(Dtype(dtype), {rows(q, q_stride), rows(k, k_stride), B, D, bias_scale, as<uint8_t>(is_first),
+                                            as<uint8_t>(candidates), as<float>(prob), as<float>(selected), as<uint8_t>(mask)}, threads);
+      },
+      ARGS);
+  m.def(
+      "dechunk_step",
+      [](int dtype, int residual_dtype, ptr z, i64 z_stride, ptr residual, i64 residual_stride, ptr prob, ptr mask, ptr state, i64 B,
+         i64 D, ptr out, ptr new_state, int threads) {
+        kernels().dechunk_step(Dtype(dtype), {rows(z, z_stride), rows(residual, residual_stride), Dtype(residual_dtype),
+                                              as<float>(prob), as<uint8_t>(mask), as<float>(state), B, D, rows(out, D),
+                                              as<float>(new_state)}, threads);
+      },
+      ARGS);
+}

@@ -1,0 +1,137 @@
+// Arguments and entry points of the CPU kernels.
+//
+// One source is compiled once per instruction set (see CMakeLists.txt); every copy fills one `Kernels` table and
+// `dispatch.cpp` picks a table at run time. Every pointer is to dense memory except that (T, D) inputs may have
+// any row stride (in elements); rows themselves are contiguous. Row counts, strides and offsets are 64-bit.
+#pragma once
+#include <cstdint>
+
+namespace hnet {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class PoolMode : int { boundary = 0, mean = 1, max = 2, last = 3 };
+
+struct Rows {  // (rows, D) matrix
+  void* data;
+  int64_t stride;
+};
+
+struct RouteFwd {
+  Rows q, k;
+  const int32_t* cu_seqlens;
+  int64_t N, T, D;
+  float bias_scale;            // exp(logit bias)
+  const uint8_t* candidates;   // (T,) or null
+  float *prob, *selected;      // (T,)
+  uint8_t* mask;               // (T,)
+  float *cos, *inv_q, *inv_k;  // (T,), kept for the backward: cos(q_{t-1}, k_t), 1/|q_{t-1}|, 1/|k_t|
+};
+
+struct RouteBwd {
+  Rows q, k;
+  const int32_t* cu_seqlens;
+  int64_t N, T, D;
+  float bias_scale;
+  const uint8_t* mask;
+  const float *cos, *inv_q, *inv_k;
+  const float *dprob, *dselected, *dprob_sum;  // (T,) (T,) (N,), each may be null
+  Rows dq, dk;
+  float* dbias;  // (T,) contribution of each position to d(logit bias), or null
+};
+
+struct Pool {
+  PoolMode mode;
+  Rows x;                      // forward: input; backward of max: the same input
+  const int32_t* chunk_start;  // (M,)
+  int64_t M, num_chunks, num_valid, T, D;
+  Rows z;                      // forward: output (M, D); backward: dz
+  Rows dx;                     // backward: output (T, D)
+};
+
+struct Dechunk {
+  Rows z;              // (M, D)
+  Rows residual;       // (T, D), data may be null
+  Dtype residual_dtype;
+  const float* prob;   // (T,)
+  const int32_t *cu_seqlens, *cu_chunks, *chunk_start;
+  int64_t N, T, M, D;
+  Rows out;            // forward: (T, D)
+  Rows dout;           // backward input (T, D)
+  Rows dz;             // (M, D)
+  float *dprob, *dselected;  // (T,)
+};
+
+struct Ema {
+  Rows z;                      // (T, D)
+  const float* p;              // (T,)
+  const int32_t* cu_seqlens;
+  int64_t N, T, D;
+  const float* initial_state;  // (N, D) or null
+  Rows y;                      // forward output; backward input
+  float* final_state;          // (N, D) forward output
+  Rows dy;
+  const float* dfinal;         // (N, D) or null
+  Rows dz;
+  float* dp;                   // (T,)
+  float* dinitial;             // (N, D) or null
+};
+
+struct RouteStep {
+  Rows q, k;  // (B, D): projection of the previous position, projection of this one
+  int64_t B, D;
+  float bias_scale;
+  const uint8_t *is_first, *candidates;  // (B,), may be null
+  float *prob, *selected;
+  uint8_t* mask;
+};
+
+struct DechunkStep {
+  Rows z;         // (B, D)
+  Rows residual;  // (B, D), data may be null
+  Dtype residual_dtype;
+  const float* prob;
+  const uint8_t* mask;
+  const float* state;  // (B, D) fp32
+  int64_t B, D;
+  Rows out;
+  float* new_state;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*route_fwd)(Dtype, const RouteFwd&, int threads);
+  void (*route_bwd)(Dtype, const RouteBwd&, int threads);
+  void (*pool_fwd)(Dtype, const Pool&, int threads);
+  void (*pool_bwd)(Dtype, const Pool&, int threads);
+  void (*dechunk_fwd)(Dtype, const Dechunk&, int threads);
+  void (*dechunk_bwd)(Dtype, const Dechunk&, int threads);
+  void (*ema_fwd)(Dtype, const Ema&, int threads);
+  void (*ema_bwd)(Dtype, const Ema&, int threads);
+  void (*route_step)(Dtype, const RouteStep&, int threads);
+  void (*dechunk_step)(Dtype, const DechunkStep&, int threads);
+};
+
+const Kernels& kernels_baseline();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+// The table for this machine: the widest one compiled in and supported, or the one named by HNET_CPU_ISA.
+const Kernels& kernels();
+
+// Boundary compaction (no vector code in it). `budget` < 0 means no budget. Drops the least probable boundaries
+// past the budget (never the first position of a sequence), then fills chunk_index (T,), cu_chunks (N+1,) and
+// prob_sum (N,). Returns the number of chunks.
+struct Compact {
+  const int32_t* cu_seqlens;
+  int64_t N, T, budget;
+  const float* prob;
+  uint8_t* mask;
+  float* selected;
+  int32_t *chunk_index, *cu_chunks;
+  float* prob_sum;
+  int32_t* num_dropped;
+};
+int64_t compact(const Compact&);
+void fill_chunk_start(const uint8_t* mask, int64_t T, int64_t num_valid, int32_t* chunk_start, int64_t M);
+
+}  // namespace hnet

@@ -1,0 +1,31 @@
+// The table of this instruction set's kernels.
+#include "kernels.h"
+
+#define HNET_STR2(x) #x
+#define HNET_STR(x) HNET_STR2(x)
+#define HNET_CAT2(a, b) a##b
+#define HNET_CAT(a, b) HNET_CAT2(a, b)
+
+namespace hnet {
+namespace HNET_ISA {
+void route_fwd(Dtype, const RouteFwd&, int);
+void route_bwd(Dtype, const RouteBwd&, int);
+void pool_fwd(Dtype, const Pool&, int);
+void pool_bwd(Dtype, const Pool&, int);
+void dechunk_fwd(Dtype, const Dechunk&, int);
+void dechunk_bwd(Dtype, const Dechunk&, int);
+void ema_fwd(Dtype, const Ema&, int);
+void ema_bwd(Dtype, const Ema&, int);
+void route_step(Dtype, const RouteStep&, int);
+void dechunk_step(Dtype, const DechunkStep&, int);
+}  // namespace HNET_ISA
+
+const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
+  static const Kernels table = {
+      HNET_STR(HNET_ISA),  HNET_ISA::route_fwd, HNET_ISA::route_bwd, HNET_ISA::pool_fwd,   HNET_ISA::pool_bwd,    HNET_ISA::dechunk_fwd,
+      HNET_ISA::dechunk_bwd, HNET_ISA::ema_fwd, HNET_ISA::ema_bwd,   HNET_ISA::route_step, HNET_ISA::dechunk_step,
+  };
+  return table;
+}
+
+}  // namespace hnet

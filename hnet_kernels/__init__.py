@@ -1,0 +1,29 @@
+"""Fused ops for the dynamic chunking of H-Nets (arXiv 2507.07955): route, pool, dechunk, ema, ratio loss.
+
+Layout is packed: N sequences end to end in (T, D) rows, `cu_seqlens` int32 (N+1,) from 0 to T. Sequences never see each
+other. `python -m hnet_kernels.info` says which backends work here.
+"""
+
+from .dechunk import dechunk, dechunk_step
+from .dispatch import backend
+from .ema import ema
+from .native import keep_memory
+from .pool import pool
+from .ratio_loss import boundary_fractions, ratio_loss
+from .routing import route, route_step
+from .types import Routing
+
+__version__ = "0.1.0"
+__all__ = [
+    "Routing",
+    "backend",
+    "boundary_fractions",
+    "dechunk",
+    "dechunk_step",
+    "ema",
+    "keep_memory",
+    "pool",
+    "ratio_loss",
+    "route",
+    "route_step",
+]

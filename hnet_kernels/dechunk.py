@@ -1,0 +1,160 @@
+"""Dechunk: chunk rows back to positions, smoothed by an EMA over chunks.
+
+    y_m = (1 - P_m) y_{m-1} + P_m z_m        out_t = STE(c_t) y[chunk_index_t] + residual_t
+
+with P_m = clamp(p[chunk_start_m], 1e-4, 1 - 1e-4), y = 0 before a sequence, and STE the straight-through estimator
+(forward 1, backward the identity). Backward, with g_m = sum_{t in m} dout_t + (1 - P_{m+1}) g_{m+1}:
+
+    dz_m = P_m g_m     dP_m = <g_m, z_m - y_{m-1}>     dc_t = <dout_t, y[chunk_index_t]>     dresidual = dout
+
+A boundary has P > 1/2, so y_{m-k} weighs less than 2^-k in y_m. Kernels use it: a tile starts the recurrence from
+zero 32 chunks early, exact to fp32 rounding, and needs nothing from the tile before.
+
+Public functions `dechunk` and `dechunk_step`; below them the autograd formula and the schema of the op. Plain PyTorch
+in `reference.py`, kernels in `csrc/cpu/dechunk.cpp` and `triton/dechunk.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .library import define, kernels
+from .types import Routing
+from .validation import check_device, check_matrix, check_probability_dtype, check_routing, check_vector
+
+
+def _check_residual(residual: Tensor | None, rows: int, z: Tensor) -> None:
+    if residual is None:
+        return
+    check_matrix("residual", residual)
+    if residual.shape != (rows, z.shape[1]):
+        raise ValueError(f"residual must have shape ({rows}, {z.shape[1]}), got {tuple(residual.shape)}")
+    check_device("residual", residual, "z", z)
+    if residual.dtype != z.dtype and torch.float64 in (residual.dtype, z.dtype):
+        raise TypeError(f"residual must not be {residual.dtype} next to {z.dtype} z")
+
+
+def dechunk(z: Tensor, r: Routing, residual: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Smooth chunk rows by their boundary probability and give every position its chunk's row (H-Net paper, eq. 5-9).
+
+    y_m = (1 - P_m) y_{m-1} + P_m z_m;  out_t = STE(c_t) y[chunk_index_t] + residual_t.
+
+    Args:
+        z: (M, D) fp32|bf16|fp16 (fp64 with the reference), one row for each chunk of `r`.
+        r: Routing that made the chunks, P > 1/2 at every chunk start.
+        residual: (T, D), any of these dtypes, added in fp32. Default: nothing is added.
+        backend: as in `route`.
+
+    Returns:
+        out (T, D), dtype of z; sums in fp32. Gradients go to z, residual, r.boundary_prob and r.selected_prob.
+
+    Raises:
+        TypeError, ValueError: z does not have the chunks of r; residual has another shape; r is on another device.
+        RuntimeError: the backend named cannot run here.
+
+    Equivalent to:
+        for m in range(M): y[m] = P[m] * z[m] + (1 - P[m]) * (y[m - 1] if m is not the first of its sequence else 0)
+        out = y[r.chunk_index] + residual
+    """
+    check_matrix("z", z)
+    check_routing(r, "z", z)
+    if z.shape[0] != r.chunk_start.shape[0]:
+        raise ValueError(f"z must have the {r.chunk_start.shape[0]} chunks of r, got {z.shape[0]}")
+    check_probability_dtype("r.boundary_prob", r.boundary_prob, z)
+    T = r.chunk_index.shape[0]
+    _check_residual(residual, T, z)
+    chosen = dispatch.resolve(backend, "dechunk", z)
+    if chosen == "reference":
+        return reference.dechunk(z, r, residual)
+    return torch.ops.hnet_kernels.dechunk(
+        z, r.boundary_prob, r.selected_prob, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, residual, chosen
+    )
+
+
+def dechunk_step(
+    z: Tensor,
+    boundary_prob: Tensor,
+    boundary_mask: Tensor,
+    state: Tensor,
+    residual: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One decoding step of `dechunk` for B sequences; equal to the last position of the full form. No gradient.
+
+    state <- (1 - P) state + P z where boundary_mask, else unchanged;  out = state + residual.
+
+    Args:
+        z: (B, D) fp32|bf16|fp16, the new chunk rows; rows without a boundary are ignored.
+        boundary_prob: (B,) fp32 and boundary_mask: (B,) bool, from `route_step`.
+        state: (B, D) fp32, the EMA of each sequence; zero before its first chunk. Not modified.
+        residual: (B, D), any dtype. Default: nothing is added.
+        backend: as in `route`.
+
+    Returns:
+        out (B, D), dtype of z, and the new state (B, D) fp32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `dechunk`.
+    """
+    check_matrix("z", z)
+    B = z.shape[0]
+    check_vector("boundary_mask", boundary_mask, B, torch.bool, "z", z)
+    check_vector("boundary_prob", boundary_prob, B, boundary_prob.dtype, "z", z)
+    check_probability_dtype("boundary_prob", boundary_prob, z)
+    if state.shape != z.shape or state.dtype != boundary_prob.dtype:
+        raise ValueError(
+            f"state must be {boundary_prob.dtype} of shape {tuple(z.shape)}, got {state.dtype} {tuple(state.shape)}"
+        )
+    check_device("state", state, "z", z)
+    _check_residual(residual, B, z)
+    chosen = dispatch.resolve(backend, "dechunk_step", z)
+    if chosen == "reference":
+        return reference.dechunk_step(z, boundary_prob, boundary_mask, state, residual)
+    return torch.ops.hnet_kernels.dechunk_step(z, boundary_prob, boundary_mask, state, residual, chosen)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z, prob, _, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, ctx.chosen = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
+
+
+def _backward(ctx, dout):
+    dz, dprob, dselected = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, ctx.chosen)
+    dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
+    return dz, dprob, dselected, None, None, None, None, dresidual, None
+
+
+# --- schema and shapes --------------------------------------------------------------------------------------------
+
+
+def _dechunk_bwd_fake(dout, z, prob, *_):
+    return z.new_empty(z.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape)
+
+
+define(
+    "dechunk(Tensor z, Tensor boundary_prob, Tensor selected_prob, Tensor chunk_start, Tensor chunk_index, "
+    "Tensor cu_chunks, Tensor cu_seqlens, Tensor? residual, str backend) -> Tensor",
+    lambda *args: kernels(args[-1], "dechunk").dechunk(*args[:-1]),
+    lambda z, prob, *_: z.new_empty(prob.shape[0], z.shape[1]),
+    _setup_context,
+    _backward,
+)
+define(
+    "dechunk_bwd(Tensor dout, Tensor z, Tensor boundary_prob, Tensor chunk_start, Tensor chunk_index, "
+    "Tensor cu_chunks, Tensor cu_seqlens, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda *args: kernels(args[-1], "dechunk").dechunk_bwd(*args[:-1]),
+    _dechunk_bwd_fake,
+)
+define(
+    "dechunk_step(Tensor z, Tensor boundary_prob, Tensor boundary_mask, Tensor state, Tensor? residual, str backend) "
+    "-> (Tensor, Tensor)",
+    lambda *args: kernels(args[-1], "dechunk").dechunk_step(*args[:-1]),
+    lambda z, prob, mask, state, *_: (z.new_empty(z.shape), state.new_empty(state.shape)),
+)

@@ -1,0 +1,118 @@
+"""Which backend runs a call.
+
+`reference` is plain PyTorch, `cpu` the native extension, `triton` and `cuda` the GPU kernels. `auto`, the default,
+takes the first usable of cuda/triton/cpu and else the reference. A backend named by hand is never replaced: if it
+cannot run, `resolve` raises and lists the reason of every backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Ops with a CUDA C++ kernel, and those where `auto` prefers it to Triton (benchmarks/results says where it is ahead).
+CUDA_OPS: frozenset[str] = frozenset()
+CUDA_PREFERRED: frozenset[str] = frozenset()
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{where} must be one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
+    return name
+
+
+_active = _check_name(os.environ.get("HNET_KERNELS_BACKEND", "auto"), "HNET_KERNELS_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use backend `name` for every call inside the `with` block that does not name one itself."""
+    global _active
+    previous, _active = _active, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+@functools.cache
+def native_error() -> str | None:
+    """Why the native extension cannot be used, or None."""
+    try:
+        importlib.import_module("hnet_kernels._C")
+    except ImportError as e:
+        return f"the native extension is not built or does not load ({e})"
+    return None
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Why triton cannot be used, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except Exception as e:  # a broken install raises anything
+        return f"triton does not import ({type(e).__name__}: {e})"
+    return None
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot run `op` on such tensors, or None if it can."""
+    if name == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"it takes fp32, bf16 or fp16, not {dtype}"
+    if name == "cpu":
+        return native_error() or (None if device_type == "cpu" else f"the tensors are on {device_type}, not the cpu")
+    if name == "triton":
+        if (error := triton_error()) is not None:
+            return error
+        if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
+            return None
+        return f"the tensors are on {device_type}, not a GPU (TRITON_INTERPRET=1 runs it on the cpu, slowly)"
+    if (error := native_error()) is not None:
+        return error
+    if not importlib.import_module("hnet_kernels._C").has_cuda():
+        return "the native extension was built without CUDA (HNET_CUDA=ON to insist)"
+    if op not in CUDA_OPS:
+        return f"{op} has no CUDA C++ kernel; its GPU kernel is the triton one"
+    return None if device_type == "cuda" else f"the tensors are on {device_type}, not a GPU"
+
+
+@torch._dynamo.assume_constant_result
+def _choose(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+    if name != "auto":
+        if why_not(name, op, device_type, dtype) is None:
+            return name
+        reasons = "".join(f"\n  {b}: {why_not(b, op, device_type, dtype) or 'usable'}" for b in BACKENDS)
+        raise RuntimeError(f"backend {name!r} cannot run {op} here:{reasons}")
+    order = ("cuda", "triton", "cpu") if op in CUDA_PREFERRED else ("triton", "cuda", "cpu")
+    if device_type == "cpu":
+        order = ("cpu",)  # the interpreter is for proving kernels, never a default
+    return next((b for b in order if why_not(b, op, device_type, dtype) is None), "reference")
+
+
+def resolve(name: str | None, op: str, x: Tensor) -> str:
+    """The backend for `op` on tensors like `x`: `name`, else the `backend(...)` in force, else the best usable.
+
+    Raises:
+        ValueError: `name` is not a backend.
+        RuntimeError: the backend named cannot run here; the message has the reason of each.
+    """
+    name = _active if name is None else _check_name(name, "backend")
+    return _choose(name, op, x.device.type, x.dtype)

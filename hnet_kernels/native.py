@@ -1,0 +1,176 @@
+"""The native extension: allocates outputs, hands raw pointers to `hnet_kernels._C`.
+
+Each function is the `cpu` backend of the op of the same name and works on tensors that the op has already validated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POOL = {"boundary": 0, "mean": 1, "max": 2, "last": 3}
+
+
+def _c():
+    from hnet_kernels import _C
+
+    return _C
+
+
+def keep_memory(threshold: int = 1 << 30) -> bool:
+    """Keep freed blocks of up to `threshold` bytes in this process instead of returning them to the kernel.
+
+    With glibc's defaults every tensor above a few MB is made of fresh pages, and faulting them in costs more than any
+    kernel here: a new 64 MB tensor takes 40-90 ms where copying it takes 3. One call at the start of a CPU training or
+    serving process avoids it (the `hnet` commands make it). The process then keeps its peak memory until it ends.
+
+    Returns False, and changes nothing, where the extension is not built or the C library is not glibc.
+    """
+    return dispatch.native_error() is None and bool(_c().keep_memory(threshold))
+
+
+class Rows(NamedTuple):
+    """A (rows, D) argument: handed over as pointer and row stride, copied only if its rows are not contiguous."""
+
+    x: Tensor | None
+
+
+def _call(function: str, *args):
+    """`_C.function` on raw pointers. Tensors become dense pointers, dtypes their code, None a null pointer."""
+    flat: list = []
+    alive: list[Tensor] = []  # copies must outlive the call
+    for a in args:
+        if isinstance(a, Rows):
+            x = a.x
+            if x is not None and x.shape[1] > 1 and x.stride(1) != 1:
+                x = x.contiguous()
+            flat += (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+            alive.append(x)
+        elif isinstance(a, Tensor):
+            x = a.contiguous()
+            flat.append(x.data_ptr())
+            alive.append(x)
+        else:
+            flat.append(0 if a is None else _DTYPE.get(a, a) if isinstance(a, torch.dtype) else a)
+    return getattr(_c(), function)(*flat, torch.get_num_threads())
+
+
+def _empty(*shape, dtype=torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="cpu")  # whatever the user's default dtype and device
+
+
+def _scale(logit_bias: Tensor | None) -> float:
+    return 1.0 if logit_bias is None else math.exp(logit_bias.item())
+
+
+def _sizes(cu_seqlens: Tensor, x: Tensor) -> tuple[int, int, int]:
+    """N, T, D"""
+    return cu_seqlens.shape[0] - 1, x.shape[0], x.shape[1]
+
+
+def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
+    N, T, D = _sizes(cu_seqlens, q)
+    prob, selected, cos, inv_q, inv_k = (_empty(T) for _ in range(5))
+    mask = _empty(T, dtype=torch.bool)
+    chunk_index, cu_chunks = _empty(T, dtype=torch.int32), _empty(N + 1, dtype=torch.int32)
+    prob_sum, num_dropped = _empty(N), _empty((), dtype=torch.int32)
+    count = _call(
+        "route_fwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), candidates, padded,
+        -1 if max_chunks is None else max_chunks,
+        prob, mask, selected, cos, inv_q, inv_k, chunk_index, cu_chunks, prob_sum, num_dropped,
+    )  # fmt: skip
+    M = count if max_chunks is None else max_chunks
+    chunk_start = _empty(M, dtype=torch.int32)
+    _call("fill_chunk_start", mask, T, cu_seqlens[-1].item(), chunk_start, M)
+    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, cos, inv_q, inv_k
+
+
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum):
+    N, T, D = _sizes(cu_seqlens, q)
+    dq, dk = _empty(T, D, dtype=q.dtype), _empty(T, D, dtype=q.dtype)
+    dbias = None if logit_bias is None else _empty(T)
+    _call(
+        "route_bwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), mask, cos, inv_q, inv_k,
+        dprob, dselected, dprob_sum, dq, dk, dbias,
+    )  # fmt: skip
+    return dq, dk, _empty(0) if dbias is None else dbias.double().sum().float()
+
+
+def pool(x, chunk_start, cu_chunks, cu_seqlens, mode):
+    N, T, D = _sizes(cu_seqlens, x)
+    M = chunk_start.shape[0]
+    z = _empty(M, D, dtype=x.dtype)
+    _call("pool_fwd", x.dtype, _POOL[mode], Rows(x), chunk_start, cu_chunks, cu_seqlens, N, T, M, D, z)
+    return z
+
+
+def pool_bwd(dz, x, chunk_start, cu_chunks, cu_seqlens, T, mode):
+    M, D = dz.shape
+    N = cu_seqlens.shape[0] - 1
+    dx = _empty(T, D, dtype=dz.dtype)
+    _call("pool_bwd", dz.dtype, _POOL[mode], Rows(x), Rows(dz), chunk_start, cu_chunks, cu_seqlens, N, T, M, D, dx)
+    return dx
+
+
+def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual):
+    (M, D), T, N = z.shape, prob.shape[0], cu_seqlens.shape[0] - 1
+    out = _empty(T, D, dtype=z.dtype)
+    residual_dtype = z.dtype if residual is None else residual.dtype
+    _call(
+        "dechunk_fwd", z.dtype, residual_dtype, Rows(z), Rows(residual), prob, cu_seqlens, cu_chunks, chunk_start,
+        N, T, M, D, out,
+    )  # fmt: skip
+    return out
+
+
+def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
+    N, T, D = _sizes(cu_seqlens, dout)
+    M = z.shape[0]
+    dz, dprob, dselected = _empty(M, D, dtype=z.dtype), _empty(T), _empty(T)
+    _call(
+        "dechunk_bwd", z.dtype, Rows(dout), Rows(z), prob, cu_seqlens, cu_chunks, chunk_start, N, T, M, D,
+        dz, dprob, dselected,
+    )  # fmt: skip
+    return dz, dprob, dselected
+
+
+def ema(z, p, cu_seqlens, initial_state):
+    N, T, D = _sizes(cu_seqlens, z)
+    y, final = _empty(T, D, dtype=z.dtype), _empty(N, D)
+    _call("ema_fwd", z.dtype, Rows(z), p, cu_seqlens, N, T, D, initial_state, y, final)
+    return y, final
+
+
+def ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state):
+    N, T, D = _sizes(cu_seqlens, z)
+    dz, dp = _empty(T, D, dtype=z.dtype), _empty(T)
+    dinitial = None if initial_state is None else _empty(N, D)
+    _call("ema_bwd", z.dtype, Rows(dy), dfinal, Rows(z), p, cu_seqlens, N, T, D, initial_state, dz, dp, dinitial)
+    return dz, dp, _empty(0) if dinitial is None else dinitial
+
+
+def route_step(q_prev, k, is_first, logit_bias, candidates):
+    B, D = k.shape
+    prob, selected, mask = _empty(B), _empty(B), _empty(B, dtype=torch.bool)
+    _call(
+        "route_step", k.dtype, Rows(q_prev), Rows(k), B, D, _scale(logit_bias), is_first, candidates,
+        prob, selected, mask,
+    )  # fmt: skip
+    return prob, mask, selected
+
+
+def dechunk_step(z, boundary_prob, boundary_mask, state, residual):
+    B, D = z.shape
+    out, new_state = _empty(B, D, dtype=z.dtype), _empty(B, D)
+    residual_dtype = z.dtype if residual is None else residual.dtype
+    _call(
+        "dechunk_step", z.dtype, residual_dtype, Rows(z), Rows(residual), boundary_prob, boundary_mask, state, B, D,
+        out, new_state,
+    )  # fmt: skip
+    return out, new_state

@@ -1,0 +1,195 @@
+"""Every op in plain PyTorch: the definition the kernels are tested against.
+
+Differentiable by autograd, runs on any device, computes in fp64 for fp64 inputs and in fp32 otherwise. Backend
+`reference` runs these; the formulas are those of the H-Net paper (arXiv 2507.07955, section 2.2).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import Routing
+
+P_MIN, P_MAX = 1e-4, 1 - 1e-4
+
+
+def upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def sequence_of(cu_seqlens: Tensor, T: int) -> Tensor:
+    """(T,) int64: the sequence each position belongs to (N for padding after the last one)."""
+    positions = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.bucketize(positions, cu_seqlens[1:], right=True)
+
+
+def starts(cu_seqlens: Tensor, T: int) -> Tensor:
+    """(T,) bool: the first position of every sequence."""
+    seq = sequence_of(cu_seqlens, T)
+    first = torch.ones_like(seq, dtype=torch.bool)
+    first[1:] = seq[1:] != seq[:-1]
+    return first & (torch.arange(T, device=seq.device) < cu_seqlens[-1])
+
+
+# --- route --------------------------------------------------------------------------------------------------------
+
+
+def boundary_probability(q: Tensor, k: Tensor, logit_bias: float | Tensor) -> Tensor:
+    """p = (1 - cos(q, k)) / 2 for each row of q (the position before) and k (this one), moved by the logit bias."""
+    cos = (F.normalize(upcast(q), dim=-1, eps=1e-12) * F.normalize(upcast(k), dim=-1, eps=1e-12)).sum(-1)
+    p = ((1 - cos) / 2).clamp(0, 1)
+    scale = torch.as_tensor(logit_bias, dtype=p.dtype, device=p.device).exp()
+    return p * scale / (1 - p + p * scale)
+
+
+def drop_past_budget(mask: Tensor, p: Tensor, first: Tensor, budget: int) -> Tensor:
+    """Keep the `budget` most probable boundaries (ties: the earlier one), first positions before all others."""
+    key = torch.where(first, 2.0, torch.where(mask, p, -1.0))
+    keep = torch.zeros_like(mask).scatter(0, key.sort(descending=True, stable=True).indices[:budget], True)
+    return mask & keep
+
+
+def route(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    logit_bias: float | Tensor | None = None,
+    candidates: Tensor | None = None,
+    max_chunks: int | None = None,
+    padded: bool = False,
+) -> Routing:
+    T, N = q.shape[0], cu_seqlens.shape[0] - 1
+    if padded:  # whatever the padding rows hold, not even its product with a zero gradient may come through
+        real = (torch.arange(T, device=q.device) < cu_seqlens[-1])[:, None]
+        q, k = torch.where(real, q, 0), torch.where(real, k, 0)
+    with torch.autocast(q.device.type, enabled=False):
+        p = boundary_probability(q[:-1], k[1:], 0.0 if logit_bias is None else logit_bias)
+    first, seq = starts(cu_seqlens, T), sequence_of(cu_seqlens, T)
+    p = torch.where(first, 1.0, F.pad(p, (1, 0))[:T])
+    p = torch.where(seq < N, p, 0.0)
+
+    mask = p > 0.5
+    if candidates is not None:
+        mask = mask & (candidates | first)
+    total = mask.sum(dtype=torch.int32)
+    if max_chunks is not None:
+        mask = drop_past_budget(mask, p.detach(), first, max_chunks)
+    selected = torch.where(mask, p, 1 - p)
+
+    count = mask.cumsum(0, dtype=torch.int32)
+    cu_chunks = F.pad(count, (1, 0))[cu_seqlens.long()]
+    if max_chunks is None:
+        chunk_start = mask.nonzero().flatten().to(torch.int32)
+    else:
+        slot = torch.where(mask, count - 1, max_chunks).long()  # one slot too many, to throw the others away
+        chunk_start = cu_seqlens[-1].expand(max_chunks + 1).clone()
+        chunk_start = chunk_start.scatter(0, slot, torch.arange(T, device=q.device, dtype=torch.int32))[:max_chunks]
+    prob_sum = p.new_zeros(N + 1).index_add(0, seq, p)[:N]
+    return Routing(p, mask, selected, count - 1, chunk_start, cu_chunks, cu_seqlens, prob_sum, total - cu_chunks[-1])
+
+
+def route_step(
+    q_prev: Tensor,
+    k: Tensor,
+    is_first: Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q_prev.device.type, enabled=False):
+        p = boundary_probability(q_prev, k, 0.0 if logit_bias is None else logit_bias)
+    mask = p > 0.5 if candidates is None else (p > 0.5) & candidates
+    if is_first is not None:
+        p, mask = torch.where(is_first, 1.0, p), mask | is_first
+    return p, mask, torch.where(mask, p, 1 - p)
+
+
+# --- pool ---------------------------------------------------------------------------------------------------------
+
+
+def pool(x: Tensor, r: Routing, mode: str) -> Tensor:
+    T, D = x.shape
+    M = r.chunk_start.shape[0]
+    real = (torch.arange(M, device=x.device) < r.num_chunks)[:, None]
+    begin = r.chunk_start.long()
+    end = torch.cat([begin[1:], r.cu_seqlens[-1:].long()])  # padding chunks begin, and so end, at the last position
+    if T == 0:
+        return x.new_zeros(M, D)
+    if mode in ("boundary", "last"):
+        row = begin if mode == "boundary" else end - 1
+        return torch.where(real, x[row.clamp(0, T - 1)], 0)
+    chunk = torch.where(sequence_of(r.cu_seqlens, T) < r.cu_seqlens.shape[0] - 1, r.chunk_index, M).long()
+    if mode == "mean":
+        total = upcast(x).new_zeros(M + 1, D).index_add(0, chunk, upcast(x))[:M]
+        return (total / (end - begin).clamp(min=1)[:, None]).to(x.dtype)
+    # max: the first row of the chunk that attains it, so that the gradient has one address
+    column = chunk[:, None].expand(T, D)
+    top = x.detach().new_zeros(M + 1, D).scatter_reduce(0, column, x.detach(), "amax", include_self=False)
+    hit = (x.detach() == top[chunk]) | x.detach().isnan()
+    rows = torch.where(hit, torch.arange(T, device=x.device)[:, None], T)
+    arg = rows.new_full((M + 1, D), T).scatter_reduce(0, column, rows, "amin")[:M]
+    return torch.where(real, x.gather(0, arg.clamp(max=T - 1)), 0)
+
+
+# --- ema and dechunk ----------------------------------------------------------------------------------------------
+
+
+def linear_recurrence(x: Tensor, a: Tensor, reach: int) -> Tensor:
+    """y_t = a_t y_{t-1} + x_t by doubling: after step s, y_t holds the terms from the last 2^s positions."""
+    T = x.shape[0]
+    shift = 1
+    while shift < reach:
+        x_before = F.pad(x, (0, 0, shift, 0)).narrow(0, 0, T)
+        a_before = F.pad(a, (shift, 0)).narrow(0, 0, T)
+        x, a = x + a[:, None] * x_before, a * a_before
+        shift *= 2
+    return x
+
+
+def ema(z: Tensor, p: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    T, D = z.shape
+    N = cu_seqlens.shape[0] - 1
+    first = starts(cu_seqlens, T)
+    p = upcast(p)
+    x = p[:, None] * upcast(z)
+    state = upcast(z).new_zeros(N, D) if initial_state is None else upcast(initial_state)
+    if initial_state is not None and N and T:
+        seq = sequence_of(cu_seqlens, T).clamp(max=N - 1)
+        x = x + torch.where(first, 1 - p, 0)[:, None] * state[seq]
+    y = linear_recurrence(x, torch.where(first, 0, 1 - p), T)
+    if N == 0 or T == 0:
+        return y.to(z.dtype), state.clone()
+    empty = (cu_seqlens[1:] == cu_seqlens[:-1])[:, None]
+    final = torch.where(empty, state, y[(cu_seqlens[1:].long() - 1).clamp(min=0)])
+    return y.to(z.dtype), final
+
+
+# A chunk's P is above 1/2, so y_{m-128} weighs less than 2^-128 in y_m: the scan need not reach further.
+DECHUNK_REACH = 128
+
+
+def dechunk(z: Tensor, r: Routing, residual: Tensor | None = None) -> Tensor:
+    T = r.chunk_index.shape[0]
+    M, D = z.shape
+    if T == 0:
+        return z.new_zeros(0, D)
+    valid = (torch.arange(T, device=z.device) < r.cu_seqlens[-1])[:, None]
+    real = (torch.arange(M, device=z.device) < r.num_chunks)[:, None]
+    p = r.boundary_prob[r.chunk_start.long().clamp(max=T - 1)].clamp(P_MIN, P_MAX)
+    a = torch.where(starts(r.cu_chunks, M), 0, 1 - p)
+    y = linear_recurrence(p[:, None] * torch.where(real, upcast(z), 0), a, DECHUNK_REACH)
+    confidence = 1 + (r.selected_prob - r.selected_prob.detach())  # straight-through: forward 1, backward identity
+    out = confidence[:, None] * y[r.chunk_index.long().clamp(min=0)]
+    if residual is not None:
+        out = out + upcast(residual)
+    return torch.where(valid, out, 0).to(z.dtype)
+
+
+def dechunk_step(
+    z: Tensor, boundary_prob: Tensor, boundary_mask: Tensor, state: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    p = boundary_prob.clamp(P_MIN, P_MAX)[:, None]
+    state = torch.where(boundary_mask[:, None], (1 - p) * state + p * upcast(z), state)
+    out = state if residual is None else state + upcast(residual)
+    return out.to(z.dtype), state

@@ -1,0 +1,122 @@
+"""The ops once more, straight from their definitions: fp64, one position at a time, gradients by autograd.
+
+Shares no code with `hnet_kernels.reference`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hnet_kernels import Routing
+
+
+def spans(cu: Tensor) -> list[tuple[int, int]]:
+    c = cu.tolist()
+    return list(zip(c[:-1], c[1:], strict=True))
+
+
+def route(q, k, cu, logit_bias=None, candidates=None, max_chunks=None) -> Routing:
+    T = q.shape[0]
+    q, k = q.double(), k.double()
+    p = [torch.zeros((), dtype=torch.float64)] * T
+    mask = [False] * T
+    first = [s for s, e in spans(cu) if e > s]
+    for s, e in spans(cu):
+        for t in range(s, e):
+            if t == s:
+                p[t], mask[t] = torch.ones((), dtype=torch.float64), True
+                continue
+            a, b = q[t - 1], k[t]
+            cos = (a @ b) / (a.norm().clamp(min=1e-12) * b.norm().clamp(min=1e-12))
+            p[t] = ((1 - cos) / 2).clamp(0, 1)
+            if logit_bias is not None:
+                scale = logit_bias.exp() if isinstance(logit_bias, Tensor) else math.exp(logit_bias)
+                p[t] = p[t] * scale / (1 - p[t] + p[t] * scale)
+            mask[t] = bool(p[t] > 0.5) and (candidates is None or bool(candidates[t]))
+    dropped = 0
+    if max_chunks is not None:
+        optional = sorted((t for t in range(T) if mask[t] and t not in first), key=lambda t: (-float(p[t].detach()), t))
+        for t in optional[max(0, max_chunks - len(first)) :]:
+            mask[t] = False
+            dropped += 1
+    start = [t for t in range(T) if mask[t]]
+    end = spans(cu)[-1][1] if len(cu) > 1 else 0
+    chunk_start = start if max_chunks is None else start + [end] * (max_chunks - len(start))
+    index, cu_chunks = [], [0]
+    for t in range(T):
+        index.append((index[-1] if index else -1) + mask[t])
+    for _, e in spans(cu):
+        cu_chunks.append(sum(mask[:e]))
+    prob = torch.stack(p) if T else torch.zeros(0, dtype=torch.float64)
+    selected = torch.stack([p[t] if mask[t] else 1 - p[t] for t in range(T)]) if T else prob
+    prob_sum = torch.stack([prob[s:e].sum() for s, e in spans(cu)]) if len(cu) > 1 else prob[:0]
+
+    def i32(x):
+        return torch.tensor(x, dtype=torch.int32)
+
+    mask = torch.tensor(mask, dtype=torch.bool)
+    return Routing(
+        prob, mask, selected, i32(index), i32(chunk_start), i32(cu_chunks), cu, prob_sum, i32(dropped)
+    )  # fmt: skip
+
+
+def chunk_spans(r: Routing) -> list[tuple[int, int]]:
+    n, end = int(r.num_chunks), int(r.cu_seqlens[-1])
+    start = [*r.chunk_start.tolist()[:n], end]
+    return list(zip(start[:-1], start[1:], strict=True))
+
+
+def pool(x, r: Routing, mode) -> Tensor:
+    rows = []
+    for s, e in chunk_spans(r):
+        block = x[s:e].double()
+        if mode == "max":
+            rows.append(block.gather(0, block.max(0, keepdim=True).indices)[0])
+        else:
+            rows.append({"boundary": block[0], "last": block[-1], "mean": block.mean(0)}[mode])
+    rows += [torch.zeros(x.shape[1], dtype=torch.float64)] * (r.chunk_start.shape[0] - len(rows))
+    return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], dtype=torch.float64)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, c):
+        return torch.ones_like(c)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def dechunk(z, r: Routing, residual=None) -> Tensor:
+    T, D = r.chunk_index.shape[0], z.shape[1]
+    firsts = {s for s, e in spans(r.cu_seqlens) if e > s}
+    zero = torch.zeros(D, dtype=torch.float64)
+    out, y = [], zero
+    for m, (s, e) in enumerate(chunk_spans(r)):
+        p = r.boundary_prob[s].double().clamp(1e-4, 1 - 1e-4)
+        y = p * z[m].double() + (1 - p) * (zero if s in firsts else y)
+        for t in range(s, e):
+            row = StraightThrough.apply(r.selected_prob[t].double()) * y
+            out.append(row if residual is None else row + residual[t].double())
+    out += [zero] * (T - len(out))
+    return torch.stack(out) if out else z.new_zeros(0, D, dtype=torch.float64)
+
+
+def ema(z, p, cu, initial_state=None) -> tuple[Tensor, Tensor]:
+    D = z.shape[1]
+    out, final = [], []
+    for n, (s, e) in enumerate(spans(cu)):
+        y = torch.zeros(D, dtype=torch.float64) if initial_state is None else initial_state[n].double()
+        for t in range(s, e):
+            y = p[t].double() * z[t].double() + (1 - p[t].double()) * y
+            out.append(y)
+        final.append(y)
+    empty = z.new_zeros(0, D, dtype=torch.float64)
+    return torch.stack(out) if out else empty, torch.stack(final) if final else empty
+
+
+def ratio_loss(p, mask, n) -> Tensor:
+    F, G = mask.double().mean(), p.double().mean()
+    return n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))
