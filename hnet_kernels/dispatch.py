@@ -101,7 +101,7 @@ def _choose(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
             return name
         reasons = "".join(f"\n  {b}: {why_not(b, op, device_type, dtype) or 'usable'}" for b in BACKENDS)
         raise RuntimeError(f"backend {name!r} cannot run {op} here:{reasons}")
-    order = ("cuda", "triton", "cpu") if op in CUDA_PREFERRED else ("triton", "cuda", "cpu")
+    order: tuple[str, ...] = ("cuda", "triton", "cpu") if op in CUDA_PREFERRED else ("triton", "cuda", "cpu")
     if device_type == "cpu":
         order = ("cpu",)  # the interpreter is for proving kernels, never a default
     return next((b for b in order if why_not(b, op, device_type, dtype) is None), "reference")

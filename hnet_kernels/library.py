@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -27,6 +28,7 @@ def define(
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIB)
 
 
+@functools.cache
 def kernels(backend: str, op_file: str) -> ModuleType:
     """The module that implements the ops of `op_file` on `backend`."""
     if backend == "cpu":

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 def _call(function: str, *args):
     """`_C.function` on raw pointers. Tensors become dense pointers, dtypes their code, None a null pointer."""
     flat: list = []
-    alive: list[Tensor] = []  # copies must outlive the call
+    alive: list[Tensor | None] = []  # copies must outlive the call
     for a in args:
         if isinstance(a, Rows):
             x = a.x

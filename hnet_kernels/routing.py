@@ -148,7 +148,7 @@ def route_step(
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, cu_seqlens, logit_bias, _, _, _, ctx.chosen = inputs
-    mask, cos, inv_q, inv_k = output[1], *output[8:]
+    mask, (cos, inv_q, inv_k) = output[1], output[8:]
     ctx.mark_non_differentiable(cos, inv_q, inv_k)
     ctx.save_for_backward(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k)
     ctx.set_materialize_grads(False)

@@ -12,13 +12,17 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-ON = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu"),
-]
+REFERENCE = pytest.param(("reference", "cpu"), id="reference")
+KERNELS = [pytest.param(("cpu", "cpu"), id="cpu")]
 
 
-@pytest.fixture(params=ON)
+@pytest.fixture(params=[REFERENCE, *KERNELS])
 def on(request):
     """(backend, device) a test runs on."""
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def native(request):
+    """As `on`, without the reference: what is registered with PyTorch as an op."""
     return request.param

@@ -11,13 +11,6 @@ from .test_pool import on_device
 OPS = torch.ops.hnet_kernels
 
 
-@pytest.fixture
-def native(on):
-    if on[0] == "reference":
-        pytest.skip("the reference is not a registered op")
-    return on
-
-
 def routed(device, max_chunks=None):
     r = on_device(routing_with("random", PACKS["ragged"], max_chunks), device)
     return r, r.chunk_start.shape[0]
