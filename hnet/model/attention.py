@@ -1,0 +1,212 @@
+"""Causal multi-head attention with rotary positions over packed sequences, optionally in a sliding window."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import AttentionCache, allocate_kv, write_kv
+from .pack import Pack
+
+
+class CausalAttention(nn.Module):
+    """window_size w: each position sees itself and the w before it; -1: all before it."""
+
+    def __init__(self, d_model: int, num_heads: int, rotary_emb_dim: int, window_size: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, d_model // num_heads
+        self.rotary_dim, self.window = rotary_emb_dim, window_size
+        self.Wqkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def qkv(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, rotated, (T, 2, heads, head_dim); v (T, heads, head_dim)"""
+        qk, v = self.Wqkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim).split([2, 1], dim=1)
+        if self.rotary_dim:
+            qk = rotate(qk, *rotary(position, self.rotary_dim))
+        return qk, v[:, 0]
+
+    def forward(
+        self, x: Tensor, pack: Pack, cache: AttentionCache | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        qk, v = self.qkv(x, pack.position)
+        if cache is not None and slots is not None:
+            self._fill(cache, qk[:, 1], v, pack, slots)
+        return self.out_proj(attention(qk, v, pack, self.window).reshape(x.shape))
+
+    def allocate_cache(self, batch: int, max_length: int) -> AttentionCache:
+        return allocate_kv(batch, self.num_heads, self.head_dim, max_length, self.window, self.Wqkv.weight)
+
+    def _fill(self, cache: AttentionCache, k: Tensor, v: Tensor, pack: Pack, slots: Tensor) -> None:
+        longest = max(pack.lengths, default=0)
+        cache.reserve(longest)
+        length = pack.cu_seqlens.diff().long()
+        # a ring keeps the last rows only; writing the older ones first would leave their order to chance
+        keep = (
+            (pack.position >= (length - cache.capacity)[pack.seq_idx.long().clamp(max=pack.N - 1)]).nonzero().flatten()
+        )
+        write_kv(cache, k[keep], v[keep], slots[pack.seq_idx[keep].long()], pack.position[keep].long())
+        cache.length[slots] = length
+
+    def step(self, x: Tensor, cache: AttentionCache, slots: Tensor) -> Tensor:
+        """One new position for each slot: x (n, d_model)."""
+        at = cache.length[slots]
+        qk, v = self.qkv(x, at)
+        q, k = qk.unbind(1)
+        longest = int(at.max()) + 1
+        cache.reserve(longest)
+        write_kv(cache, k, v, slots, at)
+        cache.length[slots] = at + 1
+        used = min(longest, cache.capacity)
+        seen = torch.arange(used, device=x.device) <= at[:, None]  # a full ring: every row
+        everyone = len(slots) == len(cache.length)  # then the slots are in order, and nothing is copied
+        keys, values = ((c if everyone else c[slots])[:, :used].transpose(1, 2) for c in (cache.k, cache.v))
+        out = F.scaled_dot_product_attention(
+            q[:, :, None].to(keys.dtype), keys, values, attn_mask=seen[:, None, None, :]
+        )
+        return self.out_proj(out.reshape(x.shape).to(x.dtype))
+
+
+# --- rotary -------------------------------------------------------------------------------------------------------
+
+
+def rotary(position: Tensor, dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
+    """cos, sin (T, 1, 1, dim / 2) fp32"""
+    inv_freq = base ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
+    angle = (position.float()[:, None] * inv_freq)[:, None, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first 2 * cos.shape[-1] channels of x (T, 2, heads, head_dim), in halves (not interleaved)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
+
+
+# --- packed attention ---------------------------------------------------------------------------------------------
+
+
+def attention(qk: Tensor, v: Tensor, pack: Pack, window: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence and window.
+
+    qk (T, 2, heads, head_dim), v (T, heads, head_dim) -> (T, heads, head_dim); padding rows of a budget give 0.
+    """
+    if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and (varlen := _cuda_varlen()) is not None:
+        return varlen(*qk.unbind(1), v, pack, window)
+    if not pack.groups.shapes:
+        return torch.zeros_like(v)
+    if v.device.type == "cpu":  # bf16 attention is several times slower there
+        with torch.autocast("cpu", enabled=False):
+            return _by_length(qk.float(), v.float(), pack, window).to(v.dtype)
+    return _by_length(qk, v, pack, window)
+
+
+def _by_length(qk: Tensor, v: Tensor, pack: Pack, window: int) -> Tensor:
+    """Dense attention on the pack's groups of about equal length. What pads a sequence comes after it, so causality
+    hides it; scores exist neither across sequences nor beyond the window."""
+    shapes, rows, size = pack.groups
+    T, heads, width = v.shape
+    if rows is not None:
+        qk, v = _PutRows.apply(qk[: len(rows)], rows, size), _PutRows.apply(v[: len(rows)], rows, size)
+    blocks, base = [], 0
+    for n, longest in shapes:
+        part = slice(base, base + n * longest)
+        q, k = qk[part].view(n, longest, 2, heads, width).permute(2, 0, 3, 1, 4)
+        out = _dense(q, k, v[part].view(n, longest, heads, width).transpose(1, 2), window)
+        blocks.append(out.transpose(1, 2).reshape(n * longest, heads, width))
+        base += n * longest
+    out = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+    if rows is None:
+        return out
+    out = _TakeRows.apply(out, rows)
+    return F.pad(out, (0, 0, 0, 0, 0, T - len(rows)))
+
+
+class _PutRows(torch.autograd.Function):
+    """out[rows] = x, zero elsewhere; rows are distinct, so the gradient is a plain gather."""
+
+    @staticmethod
+    def forward(ctx, x, rows, size):
+        ctx.save_for_backward(rows)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[rows]; rows are distinct, so the gradient is a plain copy, not a sum."""
+
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.save_for_backward(rows)
+        ctx.size = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """(n, heads, L, head_dim), every sequence as long as the longest"""
+    L = q.shape[2]
+    if window < 0 or window + 1 >= L:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    block = max(64, -(-window // 64) * 64)
+    if 2 * block >= L:  # blocks would save nothing
+        distance = torch.arange(L, device=q.device)[:, None] - torch.arange(L, device=q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance <= window))
+    return _windowed(q, k, v, window, block)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, block: int) -> Tensor:
+    """Blocks of at least `window` queries, each against its own and the previous block of keys."""
+    n, heads, L, width = q.shape
+    count = -(-L // block)
+    q, k, v = (F.pad(x, (0, 0, 0, count * block - L)).view(n, heads, count, block, width) for x in (q, k, v))
+    k, v = (torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], 3) for x in (k, v))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=_window_mask(n, count, block, window, q.device))
+    return out.view(n, count, heads, block, width).transpose(1, 2).reshape(n, heads, count * block, width)[:, :, :L]
+
+
+def _window_mask(n: int, count: int, block: int, window: int, device: torch.device) -> Tensor:
+    """(n * count, 1, block, 2 * block) bool: key j of a block lies block - j before its first query"""
+    i = torch.arange(block, device=device)[:, None]
+    distance = i + block - torch.arange(2 * block, device=device)
+    band = (distance >= 0) & (distance <= window)
+    real = (torch.arange(count, device=device) > 0)[:, None, None] | (torch.arange(2 * block, device=device) >= block)
+    return (band & real).repeat(n, 1, 1)[:, None]
+
+
+@functools.cache
+def _cuda_varlen():
+    """flash attention over packed sequences on a GPU: PyTorch's own, else the flash-attn package, else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        def torch_varlen(q, k, v, pack, window):
+            cu, m = pack.cu_seqlens, pack.max_seqlen
+            return varlen_attn(q, k, v, cu, cu, m, m, window_size=(window, 0))
+
+        return torch_varlen
+    except ImportError:
+        pass
+    try:
+        from flash_attn import flash_attn_varlen_func
+
+        def flash_varlen(q, k, v, pack, window):
+            cu, m = pack.cu_seqlens, pack.max_seqlen
+            return flash_attn_varlen_func(
+                q, k, v, cu, cu, m, m, causal=True, window_size=(window, 0 if window >= 0 else -1)
+            )
+
+        return flash_varlen
+    except ImportError:
+        return None

@@ -1,0 +1,209 @@
+"""H-Net as a byte-level language model: embedding, backbone, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import hnet_kernels as hk
+from hnet.config import HNetConfig
+
+from .cache import HNetCache
+from .hnet import HNet
+from .pack import Pack
+
+BOS, EOS = 254, 255
+
+
+class CausalLMOutput(NamedTuple):
+    logits: Tensor  # (B, L, vocab) or (T, vocab)
+    routing: list[hk.Routing]  # one a stage with routing, outermost first
+
+
+class HNetForCausalLM(nn.Module):
+    """H-Net over bytes (arXiv 2507.07955). Parameter names are those of the published checkpoints.
+
+    Args:
+        config: architecture.
+        dtype: parameter dtype; the residual projections stay fp32. Default fp32.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self, config: HNetConfig, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        self.backbone = HNet(config)
+        self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+        self.init_weights()
+        self.cast(dtype or torch.float32)
+        self.to(device)
+
+    def cast(self, dtype: torch.dtype) -> HNetForCausalLM:
+        """Parameters to `dtype`, residual projections to fp32. Returns self."""
+        self.to(dtype)
+        for stage in self.stages():
+            if not stage.innermost:
+                stage.residual_proj.float()
+        return self
+
+    def stages(self) -> Iterator[HNet]:
+        """The recursive stages, outermost first."""
+        stage = self.backbone
+        while True:
+            yield stage
+            if stage.innermost:
+                return
+            stage = stage.main_network
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02) -> None:
+        """The published scheme: embeddings N(0, 1), linears N(0, 0.02), those that end a residual branch divided by
+        sqrt(residual branches from the outside down to their stage), routing identity, residual projection zero."""
+        nn.init.normal_(self.lm_head.weight, std=std)
+        nn.init.normal_(self.embeddings.weight, std=1.0)
+        residuals = 0
+        for stage in self.stages():
+            stacks = [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]
+            residuals += sum(s.num_residuals for s in stacks)
+            for stack in stacks:
+                for name, m in stack.named_modules():
+                    if isinstance(m, nn.Linear):
+                        ends_branch = name.endswith(("out_proj", "fc2"))
+                        nn.init.normal_(m.weight, std=std / residuals**0.5 if ends_branch else std)
+            if not stage.innermost:
+                nn.init.zeros_(stage.residual_proj.weight)
+                nn.init.zeros_(stage.residual_proj.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        max_seqlen: int | None = None,
+        max_chunks: list[int] | None = None,
+    ) -> CausalLMOutput:
+        """Next-byte logits.
+
+        Args:
+            input_ids: (B, L) int64, B sequences of equal length; or (T,) with
+            cu_seqlens: (N+1,) int32 from 0 to T, packed documents that do not see each other.
+            max_seqlen: upper bound on document length; spares a GPU the look.
+            max_chunks: one budget for each stage with routing, outermost first: static shapes, no host sync.
+
+        Returns:
+            logits (B, L, vocab) or (T, vocab), and the Routing of every stage, outermost first.
+
+        Raises:
+            ValueError: input_ids is 2-D with cu_seqlens or 1-D without, or max_chunks has the wrong length.
+        """
+        if (input_ids.dim(), cu_seqlens is None) not in ((2, True), (1, False)):
+            raise ValueError(
+                "input_ids must be (B, L), or (T,) together with cu_seqlens; "
+                f"got shape {tuple(input_ids.shape)} {'without' if cu_seqlens is None else 'with'} cu_seqlens"
+            )
+        if max_chunks is not None and len(max_chunks) != self.config.num_stages - 1:
+            raise ValueError(f"max_chunks must have {self.config.num_stages - 1} entries, got {max_chunks}")
+        flat = input_ids.reshape(-1)
+        if cu_seqlens is None:
+            B, L = input_ids.shape
+            cu_seqlens = torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=flat.device) if L else None
+            if cu_seqlens is None:
+                cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=flat.device)
+            max_seqlen = L
+        pack = Pack(cu_seqlens, flat.shape[0], max_seqlen)
+        x, routing = self.backbone(self.embeddings(flat), pack, max_chunks)
+        return CausalLMOutput(self.lm_head(x).view(*input_ids.shape, -1), routing)
+
+    # --- decoding -------------------------------------------------------------------------------------------------
+
+    def allocate_cache(self, batch_size: int, max_length: int) -> HNetCache:
+        """An empty cache of `batch_size` slots for sequences of up to `max_length` bytes."""
+        length = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
+        return HNetCache(self.backbone.allocate_cache(batch_size, max_length), length, max_length)
+
+    @torch.inference_mode()
+    def prefill(
+        self, input_ids: Tensor, cu_seqlens: Tensor, cache: HNetCache, slots: Tensor | None = None
+    ) -> CausalLMOutput:
+        """Run packed prompts, each into a fresh slot of the cache (default: slots 0..N-1 in order).
+
+        Args:
+            input_ids: (T,) int64; cu_seqlens: (N+1,) int32, no prompt empty.
+        Returns:
+            As `forward`, for all T positions.
+        Raises:
+            ValueError: an empty prompt, one longer than the cache, or more prompts than slots.
+        """
+        lengths = cu_seqlens.diff()
+        if input_ids.dim() != 1 or (lengths <= 0).any() or cu_seqlens[-1] != input_ids.shape[0]:
+            raise ValueError("prefill takes packed prompts (T,) with cu_seqlens (N+1,) from 0 to T, none of them empty")
+        if int(lengths.max()) > cache.max_length:
+            raise ValueError(f"a prompt of {int(lengths.max())} bytes does not fit a cache of {cache.max_length}")
+        slots = torch.arange(len(lengths), device=input_ids.device) if slots is None else slots
+        if len(slots) != len(lengths) or int(slots.max()) >= len(cache.length):
+            raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {len(cache.length)}")
+        pack = Pack(cu_seqlens, input_ids.shape[0])
+        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, slots)
+        cache.length[slots] = lengths.long()
+        return CausalLMOutput(self.lm_head(x), routing)
+
+    @torch.inference_mode()
+    def step(self, input_ids: Tensor, cache: HNetCache, slots: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Feed one byte to each slot.
+
+        Args:
+            input_ids: (n,) int64; slots: (n,) int64, default all in order.
+        Returns:
+            logits (n, vocab), and for each stage with routing the (rows,) bool mask of boundaries; a stage's rows are
+            those where the stage outside it fired.
+        Raises:
+            ValueError: a slot is full, or input_ids does not match the slots.
+        """
+        slots = torch.arange(len(cache.length), device=input_ids.device) if slots is None else slots
+        if input_ids.shape != slots.shape:
+            raise ValueError(
+                f"input_ids must be one byte a slot, shape {tuple(slots.shape)}, got {tuple(input_ids.shape)}"
+            )
+        if int(cache.length[slots].max()) >= cache.max_length:
+            raise ValueError(f"a slot has reached the cache's max_length, {cache.max_length}")
+        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, slots)
+        cache.length[slots] += 1
+        return self.lm_head(x), masks
+
+    def generate(
+        self, prompts: str | bytes | list[str | bytes], max_new_bytes: int = 256, **sampling: Any
+    ) -> list[bytes]:
+        """Continue prompts; see `hnet.generate.generate` for the sampling options. Returns the new bytes of each."""
+        from hnet.generate import generate
+
+        return generate(self, prompts, max_new_bytes=max_new_bytes, **sampling)
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_pretrained(
+        path_or_repo: str | Path,
+        config: HNetConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> HNetForCausalLM:
+        """Load weights: see `hnet.model.checkpoint_format.load_pretrained`."""
+        from .checkpoint_format import load_pretrained
+
+        return load_pretrained(path_or_repo, config, dtype=dtype, device=device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors into `directory`."""
+        from .checkpoint_format import save_pretrained
+
+        save_pretrained(self, directory)

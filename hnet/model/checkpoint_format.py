@@ -1,0 +1,168 @@
+"""Weights on disk: a directory with config.json and model.safetensors, or a published `.pt` pickle.
+
+Pickles are read with PyTorch's weights-only unpickler, which runs no code. Objects of omegaconf, which the published
+files carry next to their tensors, become inert placeholders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hnet.config import HNetConfig
+
+if TYPE_CHECKING:
+    from .causal_lm import HNetForCausalLM
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save_pretrained(model: HNetForCausalLM, directory: str | Path) -> None:
+    """config.json and model.safetensors; each appears complete or not at all."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del state["lm_head.weight"]
+    partial = directory / (WEIGHTS + ".partial")
+    save_file(state, str(partial), metadata={"format": "pt"})
+    os.replace(partial, directory / WEIGHTS)
+    partial = directory / (CONFIG + ".partial")
+    model.config.to_json(partial)
+    os.replace(partial, directory / CONFIG)
+
+
+def load_pretrained(
+    path_or_repo: str | Path,
+    config: HNetConfig | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> HNetForCausalLM:
+    """A model from a directory, a .safetensors or .pt file, or a Hugging Face repository.
+
+    Args:
+        path_or_repo: directory with config.json and model.safetensors (or one .pt); such a file; or "owner/name",
+            fetched with huggingface_hub if that is installed.
+        config: architecture. Default: config.json beside the weights, else `<stem>.json`, else the preset `<stem>`.
+        dtype, device: as in HNetForCausalLM.
+
+    Raises:
+        FileNotFoundError: no such path, or no config to be found.
+        ValueError: a damaged file; a missing, unknown or misshapen tensor (named).
+    """
+    from .causal_lm import HNetForCausalLM
+
+    weights = _find_weights(path_or_repo)
+    config = config or _find_config(weights)
+    state = read_weights(weights)
+    model = HNetForCausalLM(config, dtype=dtype)
+    load_state(model, state, str(weights))
+    return model.to(device)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or .pt file, by name."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(str(path))
+        except SafetensorError as e:
+            raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+    try:
+        state = _unpickle(path)
+    except Exception as e:  # the unpickler and the zip reader raise many kinds
+        raise ValueError(f"{path} is not a whole PyTorch weights file: {str(e).splitlines()[0]}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors")
+    return {str(k).removeprefix("module."): v.detach() for k, v in state.items()}
+
+
+def load_state(model: HNetForCausalLM, state: dict[str, Tensor], where: str) -> None:
+    """Copy `state` into the model, exactly: every parameter once, every shape right."""
+    own = model.state_dict()
+    if model.config.tie_embeddings:
+        state = {**state}
+        if "embeddings.weight" in state:
+            state.setdefault("lm_head.weight", state["embeddings.weight"])
+    missing = [k for k in own if k not in state]
+    if missing:
+        raise ValueError(f"{where} lacks {_some(missing)}, which this config needs")
+    unknown = [k for k in state if k not in own]
+    if unknown:
+        raise ValueError(f"{where} has {_some(unknown)}, which this config does not")
+    for k, v in own.items():
+        if state[k].shape != v.shape:
+            raise ValueError(f"{where}: {k} must have shape {tuple(v.shape)}, got {tuple(state[k].shape)}")
+    model.load_state_dict(state)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _find_weights(path_or_repo: str | Path) -> Path:
+    path = Path(path_or_repo)
+    if not path.exists():
+        if re.fullmatch(r"\w[\w.-]*/\w[\w-]*", str(path_or_repo)):
+            path = _download(str(path_or_repo))
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    if path.is_file():
+        return path
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    pickles = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
+    if len(pickles) != 1:
+        raise FileNotFoundError(f"{path} must hold {WEIGHTS} or exactly one .pt file, found {len(pickles)}")
+    return pickles[0]
+
+
+def _find_config(weights: Path) -> HNetConfig:
+    for candidate in (weights.with_name(CONFIG), weights.with_suffix(".json")):
+        if candidate.is_file():
+            return HNetConfig.from_json(candidate)
+    if weights.stem in HNetConfig.presets():
+        return HNetConfig.preset(weights.stem)
+    raise FileNotFoundError(
+        f"no architecture for {weights}: pass config=, or put {CONFIG} or {weights.stem}.json beside it"
+    )
+
+
+def _download(repo: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"{repo} does not exist here; fetching it as a repository needs `pip install huggingface_hub`"
+        ) from None
+    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+
+
+class _Inert:
+    """Stands where a pickle holds an omegaconf object; keeps nothing, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickle(path: Path) -> Any:
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    foreign = [n for n in names if n.split(".")[0] in ("omegaconf", "typing", "collections")]
+    with torch.serialization.safe_globals([(_Inert, n) for n in foreign]):
+        return torch.load(path, map_location="cpu", weights_only=True)
