@@ -1,0 +1,62 @@
+"""From logits to bytes: temperature, nucleus, repetition penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """temperature 0 is greedy. top_p keeps the most probable bytes that sum to it. repetition_penalty > 1 lowers the
+    logits of the bytes among the last `repetition_window`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    repetition_window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.repetition_penalty < 1:
+            raise ValueError(f"repetition_penalty must be >= 1, got {self.repetition_penalty}")
+        if self.repetition_window < 0:
+            raise ValueError(f"repetition_window must be >= 0, got {self.repetition_window}")
+
+
+def sample(
+    logits: Tensor, config: SamplingConfig, recent: list[bytes], generator: torch.Generator | None = None
+) -> Tensor:
+    """(n, vocab) logits -> (n,) int64. `recent` holds each row's last bytes, for the repetition penalty."""
+    logits = logits.float()
+    if config.repetition_penalty > 1:
+        logits = penalise(logits, config, recent)
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits / config.temperature, -1)
+    if config.top_p < 1:
+        probs = nucleus(probs, config.top_p)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Zero all but the smallest set of bytes whose probability reaches top_p (at least one); not renormalised."""
+    ordered, index = probs.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probs).scatter(-1, index, torch.where(before < top_p, ordered, 0))
+
+
+def penalise(logits: Tensor, config: SamplingConfig, recent: list[bytes]) -> Tensor:
+    """Divide positive and multiply negative logits of recently seen bytes (CTRL, arXiv 1909.05858, section 4.1)."""
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, text in enumerate(recent):
+        window = text[-config.repetition_window :] if config.repetition_window else b""
+        seen[row, list(set(window))] = True
+    seen = seen.to(logits.device)
+    lowered = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+    return torch.where(seen, lowered, logits)
