@@ -1,0 +1,1 @@
+"""Bytes in: reading files into documents, packing documents into batches."""
