@@ -1,0 +1,1 @@
+"""Training: config -> loop -> (data, losses, optim, schedule, metrics, checkpoint)."""

@@ -1,0 +1,86 @@
+"""Parameter groups by stage and kind, AdamW and Muon."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hnet.model.causal_lm import HNetForCausalLM
+from hnet.model.mamba2 import Mamba2
+
+from .config import TrainConfig
+
+
+def stage_of(name: str) -> int:
+    """Stage of a parameter by its name; embeddings and head belong to the outermost.
+
+    The innermost network's own layers are `main_network` of a stage that is itself a `main_network`.
+    """
+    depth = name.count("main_network.")
+    return depth - 1 if "main_network.layers." in name or "main_network.rmsnorm." in name else depth
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms, biases, embeddings, convolutions and Mamba's A_log, D, dt_bias do not."""
+    return parameter.dim() == 2 and not name.startswith("embeddings.")
+
+
+def muon_parameters(model: HNetForCausalLM) -> set[int]:
+    """Ids of the parameters Muon orthogonalises: matrices inside blocks. Not embeddings and head, not the router (its
+    identity start matters), not Mamba's in_proj, which stacks five different maps and did worse than under AdamW."""
+    stacked = {id(m.in_proj.weight) for m in model.modules() if isinstance(m, Mamba2)}
+    matrices = (p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    return {id(p) for p in matrices} - stacked
+
+
+class Optimizers:
+    """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate."""
+
+    def __init__(self, model: HNetForCausalLM, config: TrainConfig) -> None:
+        multipliers = config.lr_multipliers or [1.0] * model.config.num_stages
+        groups: dict[tuple, list[nn.Parameter]] = {}
+        for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
+        for name, p in model.named_parameters():
+            groups.setdefault((id(p) in for_muon, stage_of(name), decays(name, p)), []).append(p)
+        adam: list[dict] = []
+        muon: list[dict] = []
+        for (is_muon, stage, decay), params in groups.items():
+            lr = config.learning_rate * multipliers[stage]
+            group = {"params": params, "lr": lr, "peak": lr, "stage": stage}
+            group["weight_decay"] = config.weight_decay if decay else 0.0
+            (muon if is_muon else adam).append(group)
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
+        ]
+        if muon:  # scaled so that its updates have AdamW's size: one learning rate serves both
+            self.parts.append(torch.optim.Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+
+    def set_lr(self, factor: float) -> dict[int, float]:
+        """Sets every group to `factor` of its peak. Returns AdamW's learning rate of each stage."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak"] * factor
+        return {g["stage"]: g["lr"] for g in self.parts[0].param_groups}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        for part, s in zip(self.parts, state, strict=True):
+            part.load_state_dict(s)
+
+
+def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:
+    """Parameters of each stage, outermost first."""
+    out: list[list[nn.Parameter]] = [[] for _ in range(model.config.num_stages)]
+    for name, p in model.named_parameters():
+        out[stage_of(name)].append(p)
+    return out

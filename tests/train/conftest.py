@@ -1,0 +1,27 @@
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from hnet.train.config import TrainConfig
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A tiny run on real text: the email package of the standard library."""
+    return TrainConfig(
+        data=[str(STDLIB / "email")],
+        pattern="*.py",
+        preset="tiny",
+        compression=[3.0],
+        steps=8,
+        seq_len=128,
+        batch_bytes=512,
+        warmup_steps=2,
+        eval_every=4,
+        eval_bytes=1024,
+        checkpoint_every=4,
+        out=str(tmp_path / "run"),
+    )

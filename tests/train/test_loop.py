@@ -1,0 +1,201 @@
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from hnet import HNetForCausalLM
+from hnet.train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from hnet.train.config import TrainConfig
+from hnet.train.loop import Trainer
+from hnet.train.metrics import read_metrics, truncate_metrics
+
+
+def metrics(config):
+    return read_metrics(Path(config.out) / "metrics.jsonl")
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def test_run_directory_and_metrics(config):
+    result = Trainer(config).train()
+    out = Path(config.out)
+    assert {p.name for p in out.iterdir()} == {"config.toml", "metrics.jsonl", "checkpoints", "samples"}
+    assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step_00000004", "step_00000008"]
+    rows = metrics(config)
+    assert [r["step"] for r in rows] == list(range(9))
+    wanted = ["step", "bytes", "time", "loss", "ce", "bpb", "ratio_loss", "grad_norm", "lr", "bytes_per_second"]
+    wanted += [f"stage0/{k}" for k in ["F", "G", "bytes_per_chunk", "target", "ratio_loss", "grad_norm", "lr"]]
+    wanted += ["stage1/grad_norm", "stage1/lr"]
+    assert set(wanted) <= set(rows[3])
+    assert [("val_bpb" in r) for r in rows] == [True, False, False, False, True, False, False, False, True]
+    last = rows[-1]
+    assert last["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-6)
+    assert last["bytes"] == 8 * 512
+    assert last["bpb"] == pytest.approx(last["ce"] / math.log(2), rel=1e-5)
+    assert last["loss"] == pytest.approx(last["ce"] + config.ratio_weight * last["ratio_loss"], rel=1e-5)
+    assert last["stage0/bytes_per_chunk"] == pytest.approx(1 / last["stage0/F"], rel=1e-4)
+    assert last["grad_norm"] == pytest.approx(math.hypot(last["stage0/grad_norm"], last["stage1/grad_norm"]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_it_learns(config):
+    c = dataclasses.replace(config, steps=80, learning_rate=5e-3, batch_bytes=2048, eval_every=80, optimizer="muon")
+    Trainer(c).train()
+    rows = metrics(c)
+    assert rows[0]["val_bpb"] > 7.5
+    assert rows[-1]["val_bpb"] < 4.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_resume_is_exact(config, optimizer, schedule):
+    config = dataclasses.replace(config, optimizer=optimizer, schedule=schedule)
+    straight = Trainer(config)
+    straight.train()
+    halves = dataclasses.replace(config, out=config.out + "2")
+    first = Trainer(halves)
+    first.out.mkdir(parents=True)
+    for _ in range(4):
+        first.train_step()
+    first.save()
+    for _ in range(2):  # steps that a crash would lose
+        first.train_step()
+    second = Trainer(halves, resume=True)
+    assert second.step == 4
+    second.train()
+    for k, v in weights(straight).items():
+        assert torch.equal(v, second.model.state_dict()[k]), k
+    a, b = (load_checkpoint(latest_checkpoint(t.out / "checkpoints"), t.model) for t in (straight, second))
+    assert a["data"] == b["data"]
+    assert torch.equal(a["rng"], b["rng"])
+    for p, q in zip(a["optimizers"], b["optimizers"], strict=True):
+        assert str(p["param_groups"]) == str(q["param_groups"])
+        for i in p["state"]:
+            for name, value in p["state"][i].items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(q["state"][i][name])), name
+    same = [k for k in metrics(config)[-1] if k not in ("time", "bytes_per_second")]
+    for r, s in zip(metrics(config)[-4:], metrics(halves)[-4:], strict=True):
+        assert {k: r.get(k) for k in same} == {k: s.get(k) for k in same}
+
+
+def test_ctrl_c_saves_and_resume_goes_on(config):
+    config = dataclasses.replace(config, steps=50, checkpoint_every=100, eval_every=100)
+    trainer = Trainer(config)
+    step = trainer.train_step
+
+    def interrupted():
+        row = step()
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return row
+
+    trainer.train_step = interrupted
+    trainer.train()
+    assert latest_checkpoint(Path(config.out) / "checkpoints").name == "step_00000003"
+    again = Trainer(dataclasses.replace(config, steps=5), resume=True)
+    again.train()
+    assert [r["step"] for r in metrics(config)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_is_a_model_directory(config):
+    trainer = Trainer(config)
+    trainer.train()
+    model = HNetForCausalLM.from_pretrained(latest_checkpoint(Path(config.out) / "checkpoints"))
+    assert model.config == trainer.model.config
+    assert all(torch.equal(v, weights(trainer)[k]) for k, v in model.state_dict().items())
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(config, monkeypatch):
+    trainer = Trainer(config)
+    trainer.train()
+    before = list_checkpoints(Path(config.out) / "checkpoints")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hnet.train.checkpoint.torch.save", full)
+    trainer.step += 1
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert list_checkpoints(Path(config.out) / "checkpoints") == before
+    monkeypatch.undo()
+    assert Trainer(config, resume=True).step == 8
+
+
+def test_damaged_checkpoint_is_refused_by_name(config):
+    Trainer(config).train()
+    path = latest_checkpoint(Path(config.out) / "checkpoints") / "trainer.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"trainer.pt is damaged"):
+        Trainer(config, resume=True)
+
+
+def test_an_existing_run_is_not_overwritten(config):
+    Trainer(config).train()
+    with pytest.raises(FileExistsError, match="already holds a run: resume it with --resume"):
+        Trainer(config)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        Trainer(dataclasses.replace(config, out=config.out + "x"), resume=True)
+
+
+def test_learning_rate_multipliers_and_clipping(config):
+    c = dataclasses.replace(config, lr_multipliers=[2.0, 0.5], max_grad_norm=1e-3, warmup_steps=0, schedule="constant")
+    trainer = Trainer(c)
+    row = trainer.train_step()
+    assert (row["stage0/lr"], row["stage1/lr"]) == (2e-3, 5e-4)
+    assert row["grad_norm"] > 1e-3  # the norm before clipping
+    exp_avg = [s["exp_avg"] for s in trainer.optimizers.parts[0].state.values()]
+    total = torch.linalg.vector_norm(torch.stack([m.norm() for m in exp_avg])) / (1 - 0.9)
+    assert total.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_truncate_metrics(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate_metrics(path, 2)
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": []}, "data must be at least one file or folder, got []"),
+        ({"compression": [1.0]}, "compression must be above 1 everywhere, got [1.0]"),
+        ({"compression": [3.0, 3.0]}, "compression must be one target for each of the 1 stages with routing"),
+        ({"lr_multipliers": [1.0]}, "lr_multipliers must be empty or one for each of 2 stages"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"schedule": "linear"}, "schedule must be one of wsd, cosine, constant, got 'linear'"),
+        ({"preset": "huge"}, "unknown preset 'huge'"),
+        ({"batch_bytes": 10**9}, "fewer than one batch of 1000000000"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_configs_are_one_line_and_write_nothing(config, change, message):
+    with pytest.raises(ValueError) as e:
+        Trainer(dataclasses.replace(config, **change))
+    assert message in str(e.value)
+    assert not Path(config.out).exists()
+
+
+def test_toml_round_trip(config, tmp_path):
+    from hnet.train.config import read_toml
+
+    (tmp_path / "c.toml").write_text(config.to_toml())
+    assert TrainConfig(**read_toml(tmp_path / "c.toml")) == config
+    for text, message in [
+        ("nope = 1", "unknown key 'nope'"),
+        ('steps = "many"', "steps must be int, got 'many'"),
+        ("compression = [2, 'x']", "compression must be float, got 'x'"),
+        ("steps = ", "is not TOML"),
+    ]:
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_toml(tmp_path / "bad.toml")
+    (tmp_path / "int.toml").write_text("learning_rate = 1\ncompression = 3")
+    assert read_toml(tmp_path / "int.toml") == {"learning_rate": 1.0, "compression": [3.0]}

@@ -1,0 +1,71 @@
+import pytest
+
+from hnet import HNetConfig, HNetForCausalLM
+from hnet.train.config import TrainConfig
+from hnet.train.optim import Optimizers, decays, muon_parameters, stage_of, stage_parameters
+from hnet.train.schedule import lr_factor
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HNetForCausalLM(HNetConfig.preset("small_2stage"))
+
+
+def test_stage_of_every_parameter(model):
+    for name, p in model.named_parameters():
+        widths = {0: 256, 1: 320, 2: 448}
+        if name.endswith(("norm1.weight", "rmsnorm.weight")):
+            assert p.shape[0] == widths[stage_of(name)], name
+    assert stage_of("embeddings.weight") == stage_of("lm_head.weight") == 0
+    assert stage_of("backbone.main_network.pad_dimension") == 1
+    assert stage_of("backbone.main_network.main_network.pad_dimension") == 2
+    assert stage_of("backbone.main_network.routing_module.q_proj_layer.weight") == 1
+    assert stage_of("backbone.main_network.main_network.main_network.layers.0.norm1.weight") == 2
+    assert sum(len(s) for s in stage_parameters(model)) == len(list(model.parameters()))
+
+
+def test_stages_agree_with_the_module_tree(model):
+    """The name rule against the recursion itself."""
+    owner = {}
+    for depth, stage in enumerate(model.stages()):
+        for p in stage.parameters():
+            owner[id(p)] = depth  # the deepest stage that holds it wins
+    for name, p in model.named_parameters():
+        assert stage_of(name) == owner.get(id(p), 0), name
+
+
+def test_decay_and_muon_choices(model):
+    p = dict(model.named_parameters())
+    decayed = {n for n in p if decays(n, p[n])}
+    assert "backbone.encoder.layers.0.mixer.in_proj.weight" in decayed
+    for n in p:
+        if any(w in n for w in ("norm", "bias", "A_log", ".D", "embeddings", "conv1d", "pad_dimension")):
+            assert n not in decayed, n
+    chosen = {n for n in p if id(p[n]) in muon_parameters(model)}
+    assert "backbone.encoder.layers.0.mixer.out_proj.weight" in chosen
+    assert "backbone.main_network.encoder.layers.0.mixer.Wqkv.weight" in chosen
+    assert not any("in_proj" in n or "routing" in n or "lm_head" in n or "embed" in n for n in chosen)
+    conv = HNetForCausalLM(HNetConfig.preset("laptop"))
+    names = {n for n, q in conv.named_parameters() if id(q) in muon_parameters(conv)}
+    assert "backbone.encoder.layers.0.mixer.in_proj.weight" in names  # a convolution's, not Mamba's
+
+
+def test_every_parameter_is_in_exactly_one_group(model):
+    for optimizer in ("adamw", "muon"):
+        o = Optimizers(model, TrainConfig(optimizer=optimizer))
+        ids = [id(p) for part in o.parts for g in part.param_groups for p in g["params"]]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_schedules():
+    def at(step, schedule="wsd", **kw):
+        return lr_factor(step, 100, schedule, **{"warmup_steps": 10, "decay_fraction": 0.2, "min_lr": 0.0, **kw})
+
+    assert [at(s) for s in (0, 4, 9, 10, 79, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
+    assert at(90) == pytest.approx(0.5)
+    assert at(99) == pytest.approx(0.05)
+    assert at(90, min_lr=0.1) == pytest.approx(0.55)
+    assert at(55, "cosine") == pytest.approx(0.5, abs=0.01)
+    assert at(99, "cosine", min_lr=0.1) == pytest.approx(0.1, abs=0.01)
+    assert at(99, "constant") == 1
+    assert at(0, "constant", warmup_steps=0) == 1
