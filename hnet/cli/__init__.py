@@ -1,0 +1,5 @@
+"""The `hnet` command."""
+
+from .main import main
+
+__all__ = ["main"]

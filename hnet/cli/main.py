@@ -1,0 +1,121 @@
+"""hnet: train, generate, segment, info."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import config_options, given
+
+
+class OneLineErrors(click.Group):
+    """Mistakes of the user end in one line and exit code 1; everything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError) as e:
+            if isinstance(e, BrokenPipeError) or ctx.params.get("traceback"):
+                raise
+            raise click.ClickException(str(e)) from None
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--traceback", is_flag=True, help="Show where an error came from.")
+def main(traceback: bool) -> None:
+    """Train and run H-Nets: byte-level language models that learn their own chunks (arXiv 2507.07955)."""
+    from hnet_kernels import keep_memory
+
+    keep_memory()
+
+
+@main.command()
+@click.argument("config", required=False, type=click.Path(dir_okay=False))
+@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint of --out.")
+@config_options
+def train(config: str | None, resume: bool, **options: Any) -> None:
+    """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default."""
+    from hnet.train.config import TrainConfig, read_toml
+    from hnet.train.loop import Trainer
+
+    flags = given(options)
+    if resume and config is None:
+        config = str(Path(flags.get("out", TrainConfig().out)) / "config.toml")
+    values = read_toml(config) if config else {}
+    Trainer(TrainConfig(**{**values, **flags}), resume=resume).train()
+
+
+@main.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Run directory; an earlier demo there is replaced.")
+@click.option("--steps", default=1000, show_default=True, help="About four minutes on two cores.")
+def demo(out: str, steps: int) -> None:
+    """Train a small H-Net on Python's standard library, then let it write and show its chunks."""
+    from .demo import demo as run
+
+    run(out, steps)
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.option("--prompt", help="Text to continue; default: standard input.")
+@click.option("--max-new-bytes", default=256, show_default=True)
+@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=0.95, show_default=True)
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Makes the text repeatable.")
+def generate(model: str, prompt: str | None, max_new_bytes: int, **options: Any) -> None:
+    """Continue a prompt. MODEL is a run directory, a checkpoint, a .safetensors or .pt file, or a repository."""
+    from hnet.generate.engine import stream_text
+
+    if prompt is None:
+        prompt = sys.stdin.read()
+    lm = load_model(model)
+    click.echo(prompt, nl=False)
+    for piece in stream_text(lm, prompt, max_new_bytes=max_new_bytes, **options):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option("--bytes", "count", default=2000, show_default=True, help="How much of FILE to show.")
+@click.option("--stage", default=0, show_default=True, help="Which stage's chunks, 0 is the outermost.")
+def segment(model: str, file: Any, count: int, stage: int) -> None:
+    """Show the chunks MODEL makes of FILE (default: standard input): colours on a terminal, bars in a pipe."""
+    from rich.console import Console
+
+    from hnet.segment import boundaries, render_plain, render_rich
+
+    text = file.read(count)
+    starts = boundaries(load_model(model), text)
+    if not 0 <= stage < len(starts):
+        raise ValueError(f"stage must be 0 to {len(starts) - 1} for this model, got {stage}")
+    console = Console(highlight=False)
+    console.print(
+        render_rich(text, starts[stage]) if console.is_terminal else render_plain(text, starts[stage]), markup=False
+    )
+
+
+@main.command()
+def info() -> None:
+    """What is built and usable here, and the model presets."""
+    from hnet.config import HNetConfig
+    from hnet_kernels.info import report
+
+    click.echo(report())
+    click.echo("presets: " + ", ".join(HNetConfig.presets()))
+
+
+def load_model(path: str):
+    """A model from a run directory (its latest checkpoint), or whatever `from_pretrained` takes."""
+    from hnet.model.causal_lm import HNetForCausalLM
+    from hnet.train.checkpoint import latest_checkpoint
+
+    root = Path(path) / "checkpoints"
+    model = HNetForCausalLM.from_pretrained(latest_checkpoint(root) if root.is_dir() else path)
+    return model.eval()

@@ -1,0 +1,122 @@
+"""The commands as a user types them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .train.conftest import STDLIB
+
+
+def hnet(*args, stdin=""):
+    return subprocess.run([sys.executable, "-m", "hnet", *map(str, args)], capture_output=True, text=True, input=stdin)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    toml = out.parent / "c.toml"
+    rest = 'pattern = "*.py"\npreset = "tiny"\nsteps = 3\nbatch_bytes = 512\neval_bytes = 1024\n'
+    toml.write_text(f'data = ["{STDLIB / "email"}"]\n' + rest)
+    r = hnet("train", toml, "--seq-len", 128, "--out", out, "--steps", 5)
+    assert r.returncode == 0, r.stderr
+    return out, r
+
+
+def test_train_flag_beats_file_beats_default(run):
+    out, r = run
+    text = (out / "config.toml").read_text()
+    assert "steps = 5" in text
+    assert "batch_bytes = 512" in text
+    assert "learning_rate = 0.001" in text
+    assert "held-out bits per byte before training" in r.stdout
+    assert "step 5/5" in r.stdout
+
+
+def test_resume(run):
+    out, _ = run
+    r = hnet("train", "--resume", "--out", out, "--steps", 7)
+    assert r.returncode == 0, r.stderr
+    assert "step 7/7" in r.stdout
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+def test_generate_from_argument_and_stdin(run):
+    out, _ = run
+    r = hnet("generate", out, "--prompt", "import ", "--max-new-bytes", 20, "--seed", 1)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.startswith("import ")
+    assert r.stdout == hnet("generate", out, "--max-new-bytes", 20, "--seed", 1, stdin="import ").stdout
+
+
+def test_segment(run):
+    out, _ = run
+    r = hnet("segment", out, STDLIB / "email" / "errors.py", "--bytes", 100)
+    assert r.returncode == 0, r.stderr
+    assert "|" in r.stdout
+    plain = r.stdout.replace("|", "").replace("⏎\n", "").replace("\n", "")
+    assert plain == (STDLIB / "email" / "errors.py").read_text()[:100].replace("\n", "")
+    assert "stage must be 0 to 0" in hnet("segment", out, "--stage", 3, stdin="x").stderr
+
+
+def test_info():
+    r = hnet("info")
+    assert r.returncode == 0
+    assert "native extension: built" in r.stdout
+    assert "hnet_2stage_XL_code" in r.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "data must be at least one file or folder"),
+        (["train", "--data", "/nowhere"], "data path /nowhere does not exist"),
+        (["train", "none.toml"], "config file none.toml does not exist"),
+        (["train", "--data", __file__, "--preset", "huge"], "unknown preset 'huge'"),
+        (["train", "--data", __file__], "cannot hold documents out of 1"),
+        (["train", "--data", __file__, "--val-data", __file__, "--batch-bytes", "9999999"], "fewer than one batch"),
+        (["train", "--data", __file__, "--compression", "1.0"], "compression must be above 1"),
+        (["train", "--data", "x", "--compression", "a,b"], "is not a comma-separated list of float"),
+        (["train", "--resume", "--out", "/nowhere"], "config file /nowhere/config.toml does not exist"),
+        (["generate", "/nowhere", "--prompt", "x"], "/nowhere does not exist"),
+        (["segment", "/nowhere", __file__], "/nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_nonzero_exit(args, message, tmp_path):
+    r = hnet(*args, *(["--out", tmp_path / "r"] if args[0] == "train" and "--out" not in args else []))
+    assert r.returncode != 0
+    assert message in r.stderr
+    assert "Traceback" not in r.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_imports_run_one_way():
+    """hnet_kernels never imports hnet; inside hnet, nothing imports a room above its own."""
+    import ast
+
+    root = Path(__file__).parent.parent
+    rooms = ["config", "data", "model", "segment", "chunk_lm", "train", "generate", "diagnose", "cli"]
+    allowed_late = {("model", "generate")}  # HNetForCausalLM.generate, imported when called
+    for path in [*root.glob("hnet_kernels/**/*.py"), *root.glob("hnet/**/*.py")]:
+        here = path.relative_to(root).parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [f"{node.module}.{a.name}" if node.module in ("hnet",) else node.module for a in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] != "hnet" or len(parts) < 2 or parts[1] not in rooms:
+                    assert not (parts[0] == "hnet" and here[0] == "hnet_kernels"), (path, name)
+                    continue
+                assert here[0] == "hnet", (path, name)
+                own = here[1].removesuffix(".py")
+                if own in rooms and (own, parts[1]) not in allowed_late:
+                    assert rooms.index(parts[1]) <= rooms.index(own), (path, name)
+
+
+def test_importing_needs_no_accelerator_package():
+    heavy = ("triton", "mamba_ssm", "causal_conv1d", "flash_attn")
+    code = f"import sys, hnet; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
