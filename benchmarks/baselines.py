@@ -104,4 +104,33 @@ def dechunk_scan(
     return (y.index_select(0, chunk_index) * ste[:, None] + residual).to(z.dtype)
 
 
+def ema_scan(z: Tensor, p: Tensor, first: Tensor) -> Tensor:
+    """Any weights: doubling all the way."""
+    a, y = torch.where(first, 0, 1 - p), z.float() * p[:, None]
+    shift = 1
+    while shift < z.shape[0]:
+        y = torch.cat([y[:shift], torch.addcmul(y[shift:], a[shift:, None], y[:-shift])])
+        a = torch.cat([torch.zeros_like(a[:shift]), a[shift:] * a[:-shift]])
+        shift *= 2
+    return y.to(z.dtype)
+
+
+def ema_blocked(z: Tensor, p: Tensor, first: Tensor) -> Tensor:
+    """Any weights: a matrix product in each block of 64, and a carry from block to block."""
+    T, D = z.shape
+    n = T // BLOCK
+    keep = torch.where(first, 0, 1 - p).view(n, BLOCK)
+    steps = keep[:, :, None].expand(n, BLOCK, BLOCK)
+    below = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril(-1)
+    weight = torch.where(below, steps, 1).cumprod(1) * torch.ones(BLOCK, BLOCK).tril()
+    y = torch.bmm(weight, z.float().view(n, BLOCK, D) * p.view(n, BLOCK, 1))
+    carry_weight, carry, out = keep.cumprod(1)[..., None], torch.zeros(D), []
+    for block, w in zip(y, carry_weight, strict=True):
+        block = torch.addcmul(block, w, carry)
+        carry = block[-1]
+        out.append(block)
+    return torch.cat(out).to(z.dtype)
+
+
+EMA = {"scan": ema_scan, "blocked": ema_blocked}
 DECHUNK = {"blocked": dechunk_blocked, "scan": dechunk_scan}

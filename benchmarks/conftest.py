@@ -35,26 +35,36 @@ def rounds(request, smoke) -> int:
 
 
 @pytest.fixture
-def race(benchmark, rounds):
+def keep_row():
+    """keep_row(seconds, ours=, **labels): puts one row into the results and prints it."""
+
+    def keep(seconds, *, ours: str, bytes: int | None = None, **labels):
+        row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
+        ROWS.append(row)
+        print_row(row)
+
+    return keep
+
+
+@pytest.fixture
+def race(benchmark, rounds, keep_row):
     """race(contenders, ours=, bytes=, **labels): times all contenders, reports ours, keeps the row."""
 
     def run(contenders, *, ours: str, bytes: int | None = None, **labels):
         torch._dynamo.reset()
         seconds = harness.race(contenders, rounds)
-        row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
-        ROWS.append(row)
-        others = {n: s for n, s in seconds.items() if n not in (ours, "copy") and not n.startswith("ours")}
+        keep_row(seconds, ours=ours, bytes=bytes, **labels)
         benchmark.extra_info.update({f"{n} (ms)": round(1e3 * s, 3) for n, s in seconds.items()})
-        print_row(row, others)
         benchmark.pedantic(contenders[ours], args=(0,), rounds=rounds, iterations=1)
         return seconds
 
     return run
 
 
-def print_row(row: dict, others: dict[str, float]) -> None:
+def print_row(row: dict) -> None:
     s, ours = row["seconds"], row["seconds"][row["ours"]]
-    label = " ".join(str(v) for k, v in row.items() if k not in ("ours", "bytes", "seconds"))
+    others = {n: t for n, t in s.items() if n not in (row["ours"], "copy")}
+    label = " ".join(str(v) for k, v in row.items() if k not in ("ours", "bytes", "seconds", "copy_bytes"))
     text = f"\n{label}: ours {1e3 * ours:.2f} ms"
     if row["bytes"] and "copy" in s:
         rate, copy = row["bytes"] / ours / 1e9, row["copy_bytes"] / s["copy"] / 1e9

@@ -1,7 +1,6 @@
 """Races: contenders timed round-robin in one process, so that a noisy neighbour slows all of them alike.
 
-Memory is kept (`hnet_kernels.keep_memory`), inputs alternate between random sets larger than the last-level cache, and
-every figure is a median.
+Memory is kept (`hnet_kernels.keep_memory`), inputs are random, every run starts with a cold cache, every figure is a median.
 """
 
 from __future__ import annotations
@@ -26,12 +25,20 @@ def race(contenders: dict[str, Callable[[int], object]], rounds: int, warmup: in
         for i in range(warmup):
             run(i)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    sweep = torch.zeros(1 << 25)  # 128 MB: more than the last-level cache
     for i in range(rounds):
         for name, run in contenders.items():
+            sweep.add_(1.0)  # nobody inherits a cache warmed by the contender before
             begin = time.perf_counter()
             run(i)
             seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def copy_of(T: int, D: int) -> tuple[Callable[[int], object], int]:
+    """A contender that copies (T, D) fp32, and the bytes it moves: the bandwidth all others are measured against."""
+    source, target = torch.randn(T, D), torch.empty(T, D)
+    return lambda i: target.copy_(source), 8 * T * D
 
 
 def machine() -> dict[str, object]:

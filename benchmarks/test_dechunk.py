@@ -7,6 +7,7 @@ import hnet_kernels as hk
 from hnet_kernels import reference
 
 from . import baselines
+from .harness import copy_of
 from .shapes import qk, ragged
 from .test_route import DIRECTIONS, DTYPES
 
@@ -43,10 +44,9 @@ def test_dechunk(race, smoke, dtype, direction):
         )
         contenders[f"eager {name}"] = run(plain(f))
         contenders[f"compile {name}"] = run(plain(torch.compile(f)))
-    source, target = torch.randn(T, D), torch.empty(T, D)
-    contenders["copy"] = lambda i: target.copy_(source)
+    contenders["copy"], copy_bytes = copy_of(T, D)
     size = torch.finfo(dtype).bits // 8 * D
     race(
-        contenders, ours="ours", bytes=size * (2 * T + M + (T + 2 * M if grad else 0)), copy_bytes=8 * T * D,
+        contenders, ours="ours", bytes=size * (2 * T + M + (T + 2 * M if grad else 0)), copy_bytes=copy_bytes,
         op="dechunk", dtype=str(dtype)[6:], direction=direction, T=T, D=D, N=N, M=M,
     )  # fmt: skip

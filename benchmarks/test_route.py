@@ -6,6 +6,7 @@ import torch
 import hnet_kernels as hk
 
 from . import baselines
+from .harness import copy_of
 from .shapes import qk, ragged
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,10 +40,9 @@ def test_route(race, smoke, dtype, direction):
             assert torch.allclose(f(*sets[0], cu)[0], want.boundary_prob, atol=1e-5), name
         contenders[f"eager {name}"] = run(f)
         contenders[f"compile {name}"] = run(torch.compile(f))
-    source, target = torch.randn(T, D, dtype=torch.float32), torch.empty(T, D)
-    contenders["copy"] = lambda i: target.copy_(source)
+    contenders["copy"], copy_bytes = copy_of(T, D)
     size = torch.finfo(dtype).bits // 8 * T * D
     race(
-        contenders, ours="ours", bytes=size * (2 + (4 if grad else 0)), copy_bytes=8 * T * D,
+        contenders, ours="ours", bytes=size * (2 + (4 if grad else 0)), copy_bytes=copy_bytes,
         op="route", dtype=str(dtype)[6:], direction=direction, T=T, D=D, N=N,
     )  # fmt: skip
