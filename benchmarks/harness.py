@@ -1,6 +1,6 @@
 """Races: contenders timed round-robin in one process, so that a noisy neighbour slows all of them alike.
 
-Memory is kept (`hnet_kernels.keep_memory`), inputs are random, every run starts with a cold cache, every figure is a median.
+Memory is kept (`hnet_kernels.keep_memory`), inputs are random, every run starts with a cold cache, figures are medians.
 """
 
 from __future__ import annotations
