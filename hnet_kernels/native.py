@@ -102,7 +102,7 @@ def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dsel
     return dq, dk, _empty(0) if dbias is None else dbias.double().sum().float()
 
 
-def pool(x, chunk_start, cu_chunks, cu_seqlens, mode):
+def pool(x, chunk_start, chunk_index, cu_chunks, cu_seqlens, mode):
     N, T, D = _sizes(cu_seqlens, x)
     M = chunk_start.shape[0]
     z = _empty(M, D, dtype=x.dtype)
@@ -110,7 +110,7 @@ def pool(x, chunk_start, cu_chunks, cu_seqlens, mode):
     return z
 
 
-def pool_bwd(dz, x, chunk_start, cu_chunks, cu_seqlens, T, mode):
+def pool_bwd(dz, x, chunk_start, chunk_index, cu_chunks, cu_seqlens, T, mode):
     M, D = dz.shape
     N = cu_seqlens.shape[0] - 1
     dx = _empty(T, D, dtype=dz.dtype)

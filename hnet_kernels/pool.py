@@ -51,36 +51,36 @@ def pool(x: Tensor, r: Routing, mode: str = "boundary", *, backend: str | None =
     chosen = dispatch.resolve(backend, "pool", x)
     if chosen == "reference":
         return reference.pool(x, r, mode)
-    return torch.ops.hnet_kernels.pool(x, r.chunk_start, r.cu_chunks, r.cu_seqlens, mode, chosen)
+    return torch.ops.hnet_kernels.pool(x, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, mode, chosen)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, chunk_start, cu_chunks, cu_seqlens, ctx.mode, ctx.chosen = inputs
+    x, chunk_start, chunk_index, cu_chunks, cu_seqlens, ctx.mode, ctx.chosen = inputs
     ctx.T = x.shape[0]
-    ctx.save_for_backward(x if ctx.mode == "max" else None, chunk_start, cu_chunks, cu_seqlens)
+    ctx.save_for_backward(x if ctx.mode == "max" else None, chunk_start, chunk_index, cu_chunks, cu_seqlens)
 
 
 def _backward(ctx, dz):
-    x, chunk_start, cu_chunks, cu_seqlens = ctx.saved_tensors
-    dx = torch.ops.hnet_kernels.pool_bwd(dz, x, chunk_start, cu_chunks, cu_seqlens, ctx.T, ctx.mode, ctx.chosen)
-    return dx, None, None, None, None, None
+    dx = torch.ops.hnet_kernels.pool_bwd(dz, *ctx.saved_tensors, ctx.T, ctx.mode, ctx.chosen)
+    return dx, None, None, None, None, None, None
 
 
 # --- schema and shapes --------------------------------------------------------------------------------------------
 
 define(
-    "pool(Tensor x, Tensor chunk_start, Tensor cu_chunks, Tensor cu_seqlens, str mode, str backend) -> Tensor",
+    "pool(Tensor x, Tensor chunk_start, Tensor chunk_index, Tensor cu_chunks, Tensor cu_seqlens, str mode, "
+    "str backend) -> Tensor",
     lambda *args: kernels(args[-1], "pool").pool(*args[:-1]),
     lambda x, chunk_start, *_: x.new_empty(chunk_start.shape[0], x.shape[1]),
     _setup_context,
     _backward,
 )
 define(
-    "pool_bwd(Tensor dz, Tensor? x, Tensor chunk_start, Tensor cu_chunks, Tensor cu_seqlens, SymInt T, str mode, "
-    "str backend) -> Tensor",
+    "pool_bwd(Tensor dz, Tensor? x, Tensor chunk_start, Tensor chunk_index, Tensor cu_chunks, Tensor cu_seqlens, "
+    "SymInt T, str mode, str backend) -> Tensor",
     lambda *args: kernels(args[-1], "pool").pool_bwd(*args[:-1]),
-    lambda dz, x, chunk_start, cu_chunks, cu_seqlens, T, *_: dz.new_empty(T, dz.shape[1]),
+    lambda dz, x, chunk_start, chunk_index, cu_chunks, cu_seqlens, T, *_: dz.new_empty(T, dz.shape[1]),
 )
