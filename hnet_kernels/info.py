@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
+import sys
 
 import torch
 
@@ -45,5 +47,24 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def compile_gate() -> int:
+    """Compile every Triton kernel ahead of time for every target; 1 if one spills or asks for too much shared memory."""
+    from .triton.aot import compile_all, table
+
+    reports = compile_all()
+    print(table(reports))
+    bad = [r for r in reports if not r.ok]
+    for r in bad:
+        print(f"FAILED {r.kernel} {r.dtype} D={r.D} {r.target}: {r.spills} spilled, {r.shared} of {r.limit} B shared")
+    print(f"{len(reports)} compiled, {len(bad)} over the limits")
+    return int(bool(bad))
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m hnet_kernels.info", description="What is built and usable here.")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile every Triton kernel ahead of time; needs no GPU"
+    )
+    if parser.parse_args().compile:
+        sys.exit(compile_gate())
     print(report())

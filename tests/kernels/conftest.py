@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -12,11 +14,23 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-REFERENCE = pytest.param(("reference", "cpu"), id="reference")
-KERNELS = [pytest.param(("cpu", "cpu"), id="cpu")]
+# TRITON_INTERPRET=1 (test_triton_interpreted.py sets it) runs these same tests on the Triton kernels, on the CPU.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    KERNELS = [pytest.param(("triton", "cpu"), id="triton")]
+    EVERYWHERE = KERNELS
+else:
+    KERNELS = [
+        pytest.param(("cpu", "cpu"), id="cpu"),
+        pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    ]
+    EVERYWHERE = [
+        pytest.param(("reference", "cpu"), id="reference"),
+        *KERNELS,
+        pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
+    ]
 
 
-@pytest.fixture(params=[REFERENCE, *KERNELS])
+@pytest.fixture(params=EVERYWHERE)
 def on(request):
     """(backend, device) a test runs on."""
     return request.param

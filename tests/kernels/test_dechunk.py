@@ -4,7 +4,7 @@ import torch
 import hnet_kernels as hk
 
 from . import oracle
-from .cases import LONG, PACKS, assert_close, leaf, rand, rel, routing_with
+from .cases import LONG, PACKS, allowed, assert_close, leaf, rand, rel, routing_with
 from .test_pool import on_device
 
 PATTERNS = ["all", "none", "alternating", "random"]
@@ -47,7 +47,7 @@ def compare(on, lengths, pattern, D, dtype, max_chunks=None, residual_dtype=None
         if dtype == torch.float32 or name.endswith("prob"):
             assert_close(g.cpu(), w, 1e-5 * terms**0.5, name)
         else:
-            assert rel(g.cpu(), w) <= (2 if name == "out" else 3) * rel(p, w) + 1e-6, name
+            assert rel(g.cpu(), w) <= allowed(rel(p, w), 2 if name == "out" else 3, dtype), name
     assert got[0].dtype == dtype
     assert got[2].dtype == (residual_dtype or dtype)
 
@@ -160,7 +160,7 @@ def test_step_equals_full(on, dtype):
 
 
 def test_split_equals_whole(on):
-    """A sequence gets the same bits whatever else is in the pack."""
+    """A sequence gets the same values whatever else is in the pack; on the CPU the same bits."""
     backend, device = on
     lengths = [1500, 333]
     r = on_device(routing_with("random", lengths), device)
@@ -182,7 +182,7 @@ def test_split_equals_whole(on):
         alone = gradients(lambda *a: hk.dechunk(*a, backend=backend), part, z[chunks], residual[rows], dout[rows])
         for i, (a, b) in enumerate(zip(alone, whole, strict=True)):
             b = b[chunks] if i == 1 else b[rows]
-            assert torch.equal(a, b) if backend != "reference" else rel(a, b) < 1e-6
+            assert torch.equal(a, b) if backend == "cpu" else rel(a, b) < 1e-6
         t0, m0 = t0 + length, m1
 
 

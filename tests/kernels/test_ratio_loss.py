@@ -79,6 +79,7 @@ whole = hk.ratio_loss(hk.route(qw, k, torch.tensor([0, 60, 90], dtype=torch.int3
 whole.backward()
 assert torch.allclose(loss, whole, atol=1e-6), (loss, whole)
 assert torch.allclose(qs.grad / world, qw.grad[rows], atol=1e-7), (qs.grad / world - qw.grad[rows]).abs().max()
+dist.destroy_process_group()
 print("agrees")
 """
 

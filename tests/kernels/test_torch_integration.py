@@ -30,7 +30,7 @@ def test_opcheck_pool(native, mode):
     backend, device = native
     r, _ = routed(device)
     x = leaf(rand(254, 33).to(device))
-    torch.library.opcheck(OPS.pool, (x, r.chunk_start, r.cu_chunks, r.cu_seqlens, mode, backend))
+    torch.library.opcheck(OPS.pool, (x, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, mode, backend))
 
 
 @pytest.mark.parametrize("with_residual", [False, True])

@@ -1,0 +1,101 @@
+"""What the kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hnet_kernels.dispatch import triton_interpreted
+
+INTERPRETED = triton_interpreted()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a kernel is launched for rows of width D: what the launcher uses and what the compile gate builds.
+
+    args: the run-time arguments in order, name to type: "*T" a pointer to rows of the op's dtype, else as Triton writes
+    it ("*fp32", "i32"). plan(D, dtype): its constexprs and options (num_warps, num_stages).
+    """
+
+    fn: Any
+    args: dict[str, str]
+    plan: Callable[[int, torch.dtype], tuple[dict[str, Any], dict[str, int]]]
+
+    def launch(self, grid: tuple[int, ...], *args: Any, D: int, dtype: torch.dtype, **constexprs: Any) -> None:
+        if 0 in grid:
+            return
+        planned, options = self.plan(D, dtype)
+        flat = [a.view(torch.uint8) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
+        self.fn[grid](*flat, **{**planned, **constexprs}, **options)
+
+
+def rows(x: Tensor | None) -> Tensor | None:
+    """x with contiguous rows; its row stride is x.stride(0)."""
+    return x if x is None or x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def search_steps(N: int) -> int:
+    """Halvings that find one of N + 1 places."""
+    return N.bit_length()
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+@triton.jit
+def sequence_of(t, cu_seqlens, N, steps):
+    """The sequence of each position: the last n with cu_seqlens[n] <= t, N past the end."""
+    lo = t * 0
+    hi = lo + N
+    for _ in range(steps):
+        mid = (lo + hi + 1) // 2
+        below = tl.load(cu_seqlens + mid) <= t
+        lo = tl.where(below, mid, lo)
+        hi = tl.where(below, hi, mid - 1)
+    return lo
+
+
+@triton.jit
+def to_dot(x, DOT: tl.constexpr):
+    """x as a matrix-product operand. DOT is the row dtype, or fp32 in the interpreter, whose bf16 products are wrong."""
+    return x.to(DOT)
+
+
+@triton.jit
+def weighted_sum(w, z, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + w @ z with fp32 weights. 16-bit rows: w goes in two parts, so that only z's own rounding remains."""
+    if tl.float32 == DOT:
+        return tl.dot(w, z, acc, input_precision=PRECISION)
+    high = w.to(DOT)
+    low = (w - high.to(tl.float32)).to(DOT)
+    acc = tl.dot(high, z, acc)
+    return tl.dot(low, z, acc)
+
+
+_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    return tl.float32 if INTERPRETED else _TL[dtype]
+
+
+def dot_precision() -> str:
+    """For fp32 operands: three TF32 products where tensor cores have them, true fp32 elsewhere."""
+    return "ieee" if INTERPRETED or torch.version.hip else "tf32x3"
+
+
+def block_columns(D: int, most: int) -> int:
+    """Columns of a tile: the power of two that covers D, at least 16, at most `most`."""
+    return min(most, max(16, triton.next_power_of_2(D)))

@@ -1,0 +1,435 @@
+"""Routing on a GPU.
+
+1. `_route_fwd_kernel` reads q and k once: probability, boundary code, the numbers the backward needs, and the number of
+   boundaries and sum of probabilities of each block of ROUTE_BLOCK positions.
+2. With a budget, `_select_kernel` finds the probability below which boundaries are dropped (it only looks if there are
+   too many).
+3. `_compact_kernel` turns codes into mask, selected probability, chunk layout and the sum of probabilities of every
+   sequence. A block finds its offset by adding up the block counts before it, so no block waits for another.
+
+Nothing is read back by the host unless chunk_start must have exactly as many rows as there are chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import Kernel, block_columns, empty, rows, search_steps, sequence_of, stride
+
+ROUTE_BLOCK = 8  # positions of a block of the forward
+COMPACT_BLOCK = 2048
+ORDINARY, FIRST = tl.constexpr(1), tl.constexpr(2)  # codes: 0 is no boundary
+HALF = tl.constexpr(0x3F000000)  # bits of 0.5: boundaries have 1 .. 2^23 above it
+
+
+@triton.jit
+def _probability(q_sum, k_sum, dot, scale):
+    """p, cos and the inverse norms, from three row sums"""
+    inv_q = 1.0 / tl.maximum(tl.sqrt(q_sum), 1e-12)
+    inv_k = 1.0 / tl.maximum(tl.sqrt(k_sum), 1e-12)
+    cos = dot * inv_q * inv_k
+    p = (1.0 - cos) * 0.5
+    p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))  # keeps NaN
+    return p * scale / (1.0 - p + p * scale), cos, inv_q, inv_k
+
+
+@triton.jit
+def _row_sums(q, k, q_row, k_row, wanted, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """|q|^2, |k|^2 and q.k of BLOCK pairs of rows"""
+    qq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    kk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    qk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        c = d + tl.arange(0, BLOCK_D)
+        m = wanted[:, None] & (c < D)[None, :]
+        a = tl.load(q + q_row[:, None] + c[None, :], mask=m, other=0.0).to(tl.float32)
+        b = tl.load(k + k_row[:, None] + c[None, :], mask=m, other=0.0).to(tl.float32)
+        qq += a * a
+        kk += b * b
+        qk += a * b
+    return tl.sum(qq, 1), tl.sum(kk, 1), tl.sum(qk, 1)
+
+
+@triton.jit
+def _route_fwd_kernel(
+    q, k, cu_seqlens, candidates, bias, prob, cos_out, inv_q_out, inv_k_out, code_out, block_count, block_sum,
+    T, N, steps, q_stride, k_stride,
+    D: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    t = pid * BLOCK + tl.arange(0, BLOCK)
+    on = t < T
+    seq = sequence_of(t, cu_seqlens, N, steps)
+    inside = on & (seq < N)
+    first = inside & (t == tl.load(cu_seqlens + seq))
+    pair = inside & (t != tl.load(cu_seqlens + seq))
+    row = t.to(tl.int64)
+    qq, kk, qk = _row_sums(q, k, (row - 1) * q_stride, row * k_stride, pair, D, BLOCK, BLOCK_D)
+    scale = 1.0
+    if HAS_BIAS:
+        scale = tl.exp(tl.load(bias))
+    p, cos, inv_q, inv_k = _probability(qq, kk, qk, scale)
+    p = tl.where(first, 1.0, tl.where(pair, p, 0.0))
+    boundary = pair & (p > 0.5)
+    if HAS_CANDIDATES:
+        boundary = boundary & (tl.load(candidates + t, mask=on, other=0) != 0)
+    code = tl.where(first, FIRST, tl.where(boundary, ORDINARY, 0))
+    tl.store(prob + t, p, mask=on)
+    tl.store(cos_out + t, tl.where(pair, cos, 0.0), mask=on)
+    tl.store(inv_q_out + t, tl.where(pair, inv_q, 0.0), mask=on)
+    tl.store(inv_k_out + t, tl.where(pair, inv_k, 0.0), mask=on)
+    tl.store(code_out + t, code.to(tl.int8), mask=on)
+    tl.store(block_count + pid, tl.sum((code > 0).to(tl.int32)))
+    tl.store(block_sum + pid, tl.sum(p))
+
+
+@triton.jit
+def _rank_from_the_top(histogram, wanted, BINS: tl.constexpr):
+    """The largest bin b with at least `wanted` entries in bins >= b, and how many lie above b."""
+    from_here = tl.cumsum(histogram, 0, reverse=True)
+    bins = tl.arange(0, BINS)
+    b = tl.max(tl.where(from_here >= wanted, bins, 0))
+    above = tl.sum(tl.where(bins > b, histogram, 0))
+    return b, above
+
+
+@triton.jit
+def _select_kernel(
+    prob, code, block_count, selection, num_dropped, T, num_blocks, budget,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """selection <- [threshold, ties to keep, boundaries in all]. Keys are the 24 bits of p above one half.
+
+    Keeps the keys above the threshold and the first of those equal to it. Two histograms of 12 bits find it; with no
+    more boundaries than the budget the threshold is 0, which keeps all.
+    """
+    total = tl.zeros((BLOCK,), tl.int32)
+    for i in range(0, num_blocks, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        total += tl.load(block_count + at, mask=at < num_blocks, other=0)
+    total = tl.sum(total)
+    threshold = total * 0
+    ties = total * 0
+    if total > budget:
+        histogram = tl.zeros((BINS,), tl.int32)
+        firsts = tl.zeros((BLOCK,), tl.int32)
+        for i in range(0, T, BLOCK):
+            at = i + tl.arange(0, BLOCK)
+            c = tl.load(code + at, mask=at < T, other=0)
+            key = tl.load(prob + at, mask=at < T, other=0.0).to(tl.int32, bitcast=True) - HALF
+            firsts += (c == FIRST).to(tl.int32)
+            histogram += tl.histogram(tl.where(c == ORDINARY, key >> 12, BINS - 1), BINS)  # the last bin is nobody's
+        histogram = tl.where(tl.arange(0, BINS) == BINS - 1, 0, histogram)
+        keep = budget - tl.sum(firsts)
+        high, above = _rank_from_the_top(histogram, keep, BINS)
+        histogram = tl.zeros((BINS,), tl.int32)
+        others = tl.zeros((BLOCK,), tl.int32)
+        for i in range(0, T, BLOCK):
+            at = i + tl.arange(0, BLOCK)
+            c = tl.load(code + at, mask=at < T, other=0)
+            key = tl.load(prob + at, mask=at < T, other=0.0).to(tl.int32, bitcast=True) - HALF
+            mine = (c == ORDINARY) & ((key >> 12) == high)
+            others += 1 - mine.to(tl.int32)
+            histogram += tl.histogram(tl.where(mine, key & (BINS - 1), 0), BINS)
+        histogram -= tl.where(tl.arange(0, BINS) == 0, tl.sum(others), 0)
+        low, above_low = _rank_from_the_top(histogram, keep - above, BINS)
+        threshold = high * BINS + low
+        ties = keep - above - above_low
+        if keep <= 0:  # the budget holds first positions only
+            threshold = threshold * 0 + 0x7FFFFFFF
+            ties = ties * 0
+    tl.store(selection, threshold)
+    tl.store(selection + 1, ties)
+    tl.store(selection + 2, total)
+    tl.store(num_dropped, tl.maximum(total - budget, 0))
+
+
+@triton.jit
+def _kept_and_tied(prob, code, at, wanted, threshold):
+    """Of positions `at`: kept for sure, and kept only while there is room among equals."""
+    c = tl.load(code + at, mask=wanted, other=0)
+    key = tl.load(prob + at, mask=wanted, other=0.0).to(tl.int32, bitcast=True) - HALF
+    sure = (c == FIRST) | ((c == ORDINARY) & (key > threshold))
+    tied = (c == ORDINARY) & (key == threshold)
+    return sure.to(tl.int32), tied.to(tl.int32)
+
+
+@triton.jit
+def _count_before(
+    prob, code, block_count, end, threshold, ties, overflow, ROUTE_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Chunks before position `end`, and how many equals of the threshold lie before it."""
+    kept = tl.zeros((BLOCK,), tl.int32)
+    tied = tl.zeros((BLOCK,), tl.int32)
+    if overflow:  # rare: the block counts are of no use once boundaries are dropped
+        for i in range(0, end, BLOCK):
+            at = i + tl.arange(0, BLOCK)
+            k, e = _kept_and_tied(prob, code, at, at < end, threshold)
+            kept += k
+            tied += e
+    else:
+        blocks = end // ROUTE_BLOCK
+        for i in range(0, blocks, BLOCK):
+            at = i + tl.arange(0, BLOCK)
+            kept += tl.load(block_count + at, mask=at < blocks, other=0)
+        at = blocks * ROUTE_BLOCK + tl.arange(0, BLOCK)
+        kept += (tl.load(code + at, mask=at < end, other=0) > 0).to(tl.int32)
+    tied_before = tl.sum(tied)
+    return tl.sum(kept) + tl.minimum(tied_before, ties), tied_before
+
+
+@triton.jit
+def _compact_kernel(
+    prob, code, cu_seqlens, block_count, block_sum, selection,
+    mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum,
+    T, N, num_blocks, budget,
+    HAS_BUDGET: tl.constexpr, ROUTE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    compact_blocks = tl.cdiv(tl.maximum(T, budget), BLOCK)
+    threshold = T * 0
+    ties = T * 0
+    overflow = T < 0
+    total = T * 0
+    if HAS_BUDGET:
+        threshold = tl.load(selection)
+        ties = tl.load(selection + 1)
+        total = tl.load(selection + 2)
+        overflow = total > budget
+    if pid < compact_blocks:
+        begin = tl.minimum(pid * BLOCK, T)
+        base, tied_before = _count_before(prob, code, block_count, begin, threshold, ties, overflow, ROUTE_BLOCK, BLOCK)
+        t = pid * BLOCK + tl.arange(0, BLOCK)
+        on = t < T
+        kept, tied = _kept_and_tied(prob, code, t, on, threshold)
+        kept += tied * ((tied_before + tl.cumsum(tied, 0)) <= ties).to(tl.int32)
+        index = base + tl.cumsum(kept, 0) - 1
+        p = tl.load(prob + t, mask=on, other=0.0)
+        tl.store(mask_out + t, kept.to(tl.int8), mask=on)
+        tl.store(selected_out + t, tl.where(kept != 0, p, 1.0 - p), mask=on)
+        tl.store(chunk_index + t, index, mask=on)
+        tl.store(chunk_start + index, t, mask=on & (kept != 0))
+        if HAS_BUDGET:  # rows no chunk fills
+            tl.store(chunk_start + t, tl.load(cu_seqlens + N), mask=(t < budget) & (t >= tl.minimum(total, budget)))
+    else:
+        n = pid - compact_blocks  # 0 .. N: the edge before sequence n
+        edge = tl.load(cu_seqlens + n)
+        before, _ = _count_before(prob, code, block_count, edge, threshold, ties, overflow, ROUTE_BLOCK, BLOCK)
+        tl.store(cu_chunks + n, before)
+        if n < N:  # whole blocks by their sums, the ragged ends position by position
+            end = tl.load(cu_seqlens + n + 1)
+            first_block = tl.cdiv(edge, ROUTE_BLOCK)
+            last_block = tl.maximum(end // ROUTE_BLOCK, first_block)
+            lanes = tl.arange(0, BLOCK)
+            acc = tl.zeros((BLOCK,), tl.float32)
+            for i in range(first_block, last_block, BLOCK):
+                acc += tl.load(block_sum + i + lanes, mask=i + lanes < last_block, other=0.0)
+            head = edge + lanes
+            acc += tl.load(prob + head, mask=head < tl.minimum(first_block * ROUTE_BLOCK, end), other=0.0)
+            tail = last_block * ROUTE_BLOCK + lanes
+            acc += tl.load(prob + tail, mask=tail < end, other=0.0)
+            tl.store(prob_sum + n, tl.sum(acc))
+
+
+@triton.jit
+def _route_bwd_kernel(
+    q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
+    T, N, steps, q_stride, k_stride,
+    D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
+    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pair t writes dq_{t-1} and dk_t; t runs to T, whose pair closes dq."""
+    pid = tl.program_id(0)
+    t = pid * BLOCK + tl.arange(0, BLOCK)
+    on = t < T
+    seq = sequence_of(t, cu_seqlens, N, steps)
+    pair = on & (seq < N) & (t != tl.load(cu_seqlens + seq))
+    g = tl.zeros((BLOCK,), tl.float32)
+    if HAS_DPROB:
+        g += tl.load(dprob + t, mask=pair, other=0.0)
+    if HAS_DSELECTED:
+        d = tl.load(dselected + t, mask=pair, other=0.0)
+        g += tl.where(tl.load(mask + t, mask=pair, other=0) != 0, d, -d)
+    if HAS_DSUM:
+        g += tl.load(dprob_sum + seq, mask=pair, other=0.0)
+    cos = tl.load(cos_in + t, mask=pair, other=0.0)
+    inv_q = tl.load(inv_q_in + t, mask=pair, other=0.0)
+    inv_k = tl.load(inv_k_in + t, mask=pair, other=0.0)
+    raw = (1.0 - cos) * 0.5
+    if HAS_BIAS:
+        scale = tl.exp(tl.load(bias))
+        p = tl.where(raw < 0.0, 0.0, tl.where(raw > 1.0, 1.0, raw))
+        slope = scale / ((1.0 - p + p * scale) * (1.0 - p + p * scale))
+        tl.store(dbias + pid, tl.sum(tl.where(pair, g * p * (1.0 - p) * slope, 0.0)))
+        g = g * slope
+    g = tl.where((raw < 0.0) | (raw > 1.0), 0.0, -0.5 * g)  # d loss / d cos
+    cross = g * inv_q * inv_k
+    own_q = tl.where(inv_q < 1e12, -g * cos * inv_q * inv_q, 0.0)  # a norm at the floor is a constant
+    own_k = tl.where(inv_k < 1e12, -g * cos * inv_k * inv_k, 0.0)
+    row = t.to(tl.int64)
+    for d in range(0, D, BLOCK_D):
+        c = d + tl.arange(0, BLOCK_D)
+        col = (c < D)[None, :]
+        m = pair[:, None] & col
+        a = tl.load(q + (row - 1)[:, None] * q_stride + c[None, :], mask=m, other=0.0).to(tl.float32)
+        b = tl.load(k + row[:, None] * k_stride + c[None, :], mask=m, other=0.0).to(tl.float32)
+        da = cross[:, None] * b + own_q[:, None] * a
+        db = cross[:, None] * a + own_k[:, None] * b
+        tl.store(dq + (row - 1)[:, None] * D + c[None, :], da, mask=((t > 0) & (t <= T))[:, None] & col)
+        tl.store(dk + row[:, None] * D + c[None, :], db, mask=on[:, None] & col)
+
+
+@triton.jit
+def _route_step_kernel(
+    q, k, is_first, candidates, bias, prob, mask, selected, q_stride, k_stride,
+    D: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    rows = b + tl.zeros((1,), tl.int64)
+    qq, kk, qk = _row_sums(q, k, rows * q_stride, rows * k_stride, rows >= 0, D, 1, BLOCK_D)
+    scale = 1.0
+    if HAS_BIAS:
+        scale = tl.exp(tl.load(bias))
+    p, _, _, _ = _probability(qq, kk, qk, scale)
+    boundary = p > 0.5
+    if HAS_CANDIDATES:
+        boundary = boundary & (tl.load(candidates + rows) != 0)
+    if HAS_FIRST:
+        first = tl.load(is_first + rows) != 0
+        p = tl.where(first, 1.0, p)
+        boundary = boundary | first
+    tl.store(prob + rows, p)
+    tl.store(mask + rows, boundary.to(tl.int8))
+    tl.store(selected + rows, tl.where(boundary, p, 1.0 - p))
+
+
+# --- launches -----------------------------------------------------------------------------------------------------
+
+
+def _row_plan(D, dtype):
+    return {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 256)}, {"num_warps": 4}
+
+
+ROUTE_FWD = Kernel(
+    _route_fwd_kernel,
+    {
+        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32",
+        "cos_out": "*fp32", "inv_q_out": "*fp32", "inv_k_out": "*fp32", "code_out": "*i8", "block_count": "*i32",
+        "block_sum": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i64", "k_stride": "i64",
+    },
+    lambda D, dtype: ({**_row_plan(D, dtype)[0], "HAS_CANDIDATES": False, "HAS_BIAS": False}, {"num_warps": 4}),
+)  # fmt: skip
+SELECT = Kernel(
+    _select_kernel,
+    {
+        "prob": "*fp32", "code": "*i8", "block_count": "*i32", "selection": "*i32", "num_dropped": "*i32", "T": "i32",
+        "num_blocks": "i32", "budget": "i32",
+    },
+    lambda D, dtype: ({"BINS": 4096, "BLOCK": 4096}, {"num_warps": 16}),
+)  # fmt: skip
+COMPACT = Kernel(
+    _compact_kernel,
+    {
+        "prob": "*fp32", "code": "*i8", "cu_seqlens": "*i32", "block_count": "*i32", "block_sum": "*fp32",
+        "selection": "*i32", "mask_out": "*u8", "selected_out": "*fp32", "chunk_index": "*i32", "chunk_start": "*i32",
+        "cu_chunks": "*i32", "prob_sum": "*fp32", "T": "i32", "N": "i32", "num_blocks": "i32", "budget": "i32",
+    },
+    lambda D, dtype: (
+        {"HAS_BUDGET": True, "ROUTE_BLOCK": ROUTE_BLOCK, "BLOCK": COMPACT_BLOCK}, {"num_warps": 8}
+    ),
+)  # fmt: skip
+ROUTE_BWD = Kernel(
+    _route_bwd_kernel,
+    {
+        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "cos_in": "*fp32",
+        "inv_q_in": "*fp32", "inv_k_in": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
+        "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i64",
+        "k_stride": "i64",
+    },
+    lambda D, dtype: (
+        {
+            **_row_plan(D, dtype)[0],
+            "HAS_BIAS": False, "HAS_DPROB": True, "HAS_DSELECTED": True, "HAS_DSUM": True,
+        },
+        {"num_warps": 4},
+    ),
+)  # fmt: skip
+ROUTE_STEP = Kernel(
+    _route_step_kernel,
+    {
+        "q": "*T", "k": "*T", "is_first": "*u8", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32", "mask": "*u8",
+        "selected": "*fp32", "q_stride": "i64", "k_stride": "i64",
+    },
+    lambda D, dtype: (
+        {"D": D, "HAS_FIRST": True, "HAS_CANDIDATES": False, "HAS_BIAS": False, "BLOCK_D": block_columns(D, 1024)},
+        {"num_warps": 4},
+    ),
+)  # fmt: skip
+KERNELS = {
+    "route_fwd": ROUTE_FWD,
+    "route_select": SELECT,
+    "route_compact": COMPACT,
+    "route_bwd": ROUTE_BWD,
+    "route_step": ROUTE_STEP,
+}
+
+
+def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
+    (T, D), N = q.shape, cu_seqlens.shape[0] - 1
+    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
+    i32 = torch.int32
+    prob, selected, cos, inv_q, inv_k = (empty(q, T) for _ in range(5))
+    mask, code = empty(q, T, dtype=torch.bool), empty(q, T, dtype=torch.int8)
+    blocks = triton.cdiv(T, ROUTE_BLOCK)
+    block_count, block_sum = empty(q, blocks, dtype=i32), empty(q, blocks)
+    chunk_index, cu_chunks, prob_sum = empty(q, T, dtype=i32), empty(q, N + 1, dtype=i32), empty(q, N)
+    chunk_start = empty(q, T if max_chunks is None else max_chunks, dtype=i32)
+    ROUTE_FWD.launch(
+        (blocks,), q, k, cu_seqlens, candidates, logit_bias, prob, cos, inv_q, inv_k, code, block_count, block_sum,
+        T, N, search_steps(N), stride(q), stride(k), D=D, dtype=q.dtype,
+        HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
+    )  # fmt: skip
+    selection = None
+    if max_chunks is None:
+        num_dropped = torch.zeros((), dtype=i32, device=q.device)
+    else:
+        selection, num_dropped = empty(q, 3, dtype=i32), torch.empty((), dtype=i32, device=q.device)
+        SELECT.launch((1,), prob, code, block_count, selection, num_dropped, T, blocks, max_chunks, D=D, dtype=q.dtype)
+    grid = triton.cdiv(max(T, max_chunks or 0), COMPACT_BLOCK) + N + 1
+    COMPACT.launch(
+        (grid,), prob, code, cu_seqlens, block_count, block_sum, selection, mask, selected, chunk_index, chunk_start,
+        cu_chunks, prob_sum, T, N, blocks, max_chunks or 0, D=D, dtype=q.dtype, HAS_BUDGET=max_chunks is not None,
+    )  # fmt: skip
+    if max_chunks is None:
+        chunk_start = chunk_start[: int(cu_chunks[-1])]  # the one wait for the device
+    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, cos, inv_q, inv_k
+
+
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum):
+    (T, D), N = q.shape, cu_seqlens.shape[0] - 1
+    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
+    dq, dk = empty(q, T, D, dtype=q.dtype), empty(q, T, D, dtype=q.dtype)
+    blocks = triton.cdiv(T + 1, ROUTE_BLOCK) if T else 0
+    dbias = None if logit_bias is None else empty(q, blocks)
+    grads = [None if g is None else g.contiguous() for g in (dprob, dselected, dprob_sum)]
+    ROUTE_BWD.launch(
+        (blocks,), q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, *grads, dq, dk, dbias,
+        T, N, search_steps(N), stride(q), stride(k), D=D, dtype=q.dtype, HAS_BIAS=logit_bias is not None,
+        HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
+    )  # fmt: skip
+    return dq, dk, empty(q, 0) if dbias is None else dbias.sum()
+
+
+def route_step(q_prev, k, is_first, logit_bias, candidates):
+    B, D = k.shape
+    q_prev, k = rows(q_prev), rows(k)
+    prob, selected, mask = empty(k, B), empty(k, B), empty(k, B, dtype=torch.bool)
+    flags = [None if f is None else f.contiguous() for f in (is_first, candidates)]
+    ROUTE_STEP.launch(
+        (B,), q_prev, k, *flags, logit_bias, prob, mask, selected, stride(q_prev), stride(k), D=D, dtype=k.dtype,
+        HAS_FIRST=is_first is not None, HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
+    )  # fmt: skip
+    return prob, mask, selected
