@@ -432,4 +432,4 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(e)
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)
