@@ -20,8 +20,8 @@ def diagnose(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     """Say what is wrong with a training run, with evidence and what to change.
 
     RUN_OR_LOG is a run directory, a config.toml alone, a metrics.jsonl, a CSV, HF's trainer_state.json, or a printed
-    log (nanoGPT, torchtitan, HF Trainer, Megatron, ChunkLM and the like). Exit code: 0 no errors found (warnings and notes
-    there may be), 1 at least one finding is an error, 2 a log could not be read.
+    log (nanoGPT, torchtitan, HF Trainer, Megatron, ChunkLM and the like). Exit code: 0 no errors found (there may be
+    warnings and notes), 1 at least one finding is an error, 2 a log could not be read.
     """
     from rich.console import Console
 
