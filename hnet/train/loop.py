@@ -135,7 +135,7 @@ class Trainer:
         self.seconds += took
         row = {
             "step": self.step, "bytes": self.bytes, "time": self.seconds, "lr": c.learning_rate * factor,
-            "bytes_per_second": mine * self.world.size / took, "data_wait": waited / took,
+            "bytes_per_second": mine * self.world.size / took, "data_wait_share": waited / took,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
         stopping = torch.tensor(float(self.stop), device=self.device)

@@ -57,4 +57,4 @@ def test_rows_have_speed_and_cost(config):
     assert row["flops_per_byte"] == pytest.approx(costs[0].flops + costs[1].flops / row["stage0/bytes_per_chunk"])
     assert row["flops_per_second"] == pytest.approx(row["flops_per_byte"] * row["bytes_per_second"])
     assert "mfu" not in row  # a CPU has no peak in the table
-    assert 0 <= row["data_wait"] < 1
+    assert 0 <= row["data_wait_share"] < 1
