@@ -9,7 +9,7 @@ import tomli_w
 
 from hnet.diagnose.report import diagnose
 from hnet.diagnose.runs import read_log
-from hnet.train.schedule import lr_factor
+from hnet.train.schedule import Schedule
 
 STEPS = 400
 CONFIG = {
@@ -31,7 +31,7 @@ def healthy_rows(steps=STEPS, f=0.25, g=0.3, target=4.0, seed=0):
         smooth = 1.2 + 4.3 * math.exp(-s / 40) + 0.2 * (1 - s / steps)
         ce = smooth * (1 + 0.03 * rng.standard_normal())
         share, mean = f * (1 + 0.04 * rng.standard_normal()), g * (1 + 0.01 * rng.standard_normal())
-        lr = 1e-3 * lr_factor(s - 1, steps, "wsd", steps // 10, 0.3, 0.0)
+        lr = 1e-3 * Schedule("wsd", steps, warmup_steps=steps // 10).factor(s - 1)
         norm = (0.3 + 1.2 * math.exp(-s / 20)) * (1 + 0.1 * rng.standard_normal())
         ratio = ratio_loss(share, mean, target)
         row = {
