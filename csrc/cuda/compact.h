@@ -4,6 +4,9 @@
 // the counts, and the sum over the blocks before it says where its chunks begin. With more boundaries than the budget
 // two histograms of 12 bits find the probability below which they are dropped (three more barriers; every block comes to
 // the same threshold by itself). Counts are integers and float sums have a fixed order: the same bits every time.
+//
+// Not a decoupled look-back: its status words would have to be reset before every launch, and a budget needs barriers
+// anyway. The launch is cooperative, so all blocks are on the device and the barrier is the driver's.
 #pragma once
 
 #include "cuda/device.h"
