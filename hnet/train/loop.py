@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import hnet_kernels as hk
-from hnet.data.corpus import Corpus, read_corpus
+from hnet.data.corpus import Corpus
 from hnet.data.packing import Batch, PackStream, eval_batches
+from hnet.data.sources import open_data
+from hnet.data.streaming import DocumentStream
 from hnet.model.causal_lm import HNetForCausalLM
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -168,12 +170,9 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
 
-def read_data(config: TrainConfig) -> tuple[Corpus, Corpus]:
+def read_data(config: TrainConfig) -> tuple[Corpus | DocumentStream, Corpus]:
     """(training, held-out) documents."""
-    train = read_corpus(config.data, config.pattern, config.exclude)
-    if config.val_data:
-        return train, read_corpus(config.val_data, config.pattern, config.exclude)
-    return train.split(config.val_fraction, config.seed)
+    return open_data(config)
 
 
 def pick_device(name: str) -> torch.device:
