@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from hnet.train.config import TrainConfig
+from hnet.train.keys import read_toml
+
 from .diagnose import diagnose, plot
 from .options import ManyValues, config_options, given
 
@@ -42,19 +45,18 @@ def main(traceback: bool) -> None:
     help="Go on from the latest checkpoint of --out, or from the one named; auto: if there is one, else start.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check data and config, show size, cost and schedule; train nothing.")
-@config_options
+@config_options(TrainConfig)
 def train(config: str | None, resume: str | None, dry_run: bool, **options: Any) -> None:
     """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default.
     Many processes: torchrun --nproc-per-node N -m hnet train ..."""
     from hnet.train.checkpoint import list_checkpoints
-    from hnet.train.config import TrainConfig, read_toml
     from hnet.train.distributed import leave
     from hnet.train.loop import Trainer
 
     flags = given(options)
     if config is None and resume not in (None, "auto"):
         config = str(Path(flags.get("out", TrainConfig().out)) / "config.toml")
-    values = TrainConfig(**{**(read_toml(config) if config else {}), **flags})
+    values = TrainConfig(**{**(read_toml(config, TrainConfig) if config else {}), **flags})
     if resume == "auto":
         resume = "latest" if list_checkpoints(Path(values.out) / "checkpoints") else None
     if dry_run:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import EMA, TRAINER
-from .config import TrainConfig
+from .config import RunConfig
 from .weight_ema import WeightEMA
 
 
@@ -72,7 +72,7 @@ def anyone(flag: bool, world: World) -> bool:
     return any(gather(flag, world))
 
 
-def replicate(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """What the loop calls: the model itself, or DDP around it."""
     if world.size == 1:
         return model

@@ -20,7 +20,7 @@ import hnet_kernels as hk
 
 from . import checkpoint, distributed
 from .clipping import Clipper
-from .config import TrainConfig
+from .config import RunConfig
 from .console import TrainConsole
 from .cost import peak_flops
 from .guards import Event, Guards, RunFailed
@@ -51,9 +51,9 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
+        self, config: RunConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
     ) -> None:
-        self.config = config.validate()
+        self.config = config.validate()  # type: ignore[attr-defined]
         self.out = Path(config.out)
         self.device = pick_device(config.device)
         self.world = distributed.join(self.device.type)
@@ -66,9 +66,10 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.task = (make_task or HNetTask)(config, self.device, self.autocast, self.world)
+        task: Any = make_task or HNetTask
+        self.task = task(config, self.device, self.autocast, self.world)
         self.model = self.task.model
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config, self.task.multipliers)
         self.clipper = Clipper(config, self.task.stages, self.device)
         self.schedule = make_schedule(config)
         self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
@@ -403,7 +404,7 @@ class Trainer:
                 torch.cuda.set_rng_state(cuda, self.device)
 
 
-def make_schedule(c: TrainConfig) -> Schedule:
+def make_schedule(c: RunConfig) -> Schedule:
     return Schedule(
         c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
         min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,

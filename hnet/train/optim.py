@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
-from hnet.architecture import lr_multipliers
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.mamba2 import Mamba2
 
-from .config import TrainConfig
+from .config import RunConfig
 
 
 def stage_of(name: str) -> int:
@@ -26,21 +27,20 @@ def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool
     return parameter.dim() == 2 and (embeddings or not name.startswith("embeddings."))
 
 
-def muon_parameters(model: HNetForCausalLM) -> set[int]:
+def muon_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters Muon orthogonalises: matrices inside blocks. Not embeddings and head, not the router (its
     identity start matters), not Mamba's in_proj, which stacks five different maps and did worse than under AdamW."""
+    in_block = re.compile(r"(\.layers|^blocks)\.\d+\.")
     stacked = {id(m.in_proj.weight) for m in model.modules() if isinstance(m, Mamba2)}
-    matrices = (p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    matrices = (p for name, p in model.named_parameters() if in_block.search(name) and p.dim() == 2)
     return {id(p) for p in matrices} - stacked
 
 
 class Optimizers:
     """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate."""
 
-    def __init__(self, model: HNetForCausalLM, config: TrainConfig) -> None:
-        multipliers = config.lr_multipliers or [1.0] * model.config.num_stages
-        if isinstance(multipliers, str):
-            multipliers = lr_multipliers(model.config, config.compression)
+    def __init__(self, model: nn.Module, config: RunConfig, multipliers: list[float]) -> None:
+        """multipliers: learning-rate factor of every stage."""
         groups: dict[tuple, list[nn.Parameter]] = {}
         for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
         for name, p in model.named_parameters():

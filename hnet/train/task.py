@@ -1,6 +1,7 @@
 """What the training loop trains: an H-Net on packed documents. ChunkLM's task (hnet/chunk_lm/task.py) is like it:
 
 model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
+multipliers               learning-rate factor of every stage
 loss(model, batch, step)  what to minimise and () tensors to average over the step
 after_step(step, means)   what moves after every step, on the device
 row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hnet.architecture import lr_multipliers
 from hnet.data.packing import Batch, PackStream, eval_batches
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
@@ -60,6 +62,8 @@ class HNetTask:
             if isinstance(m, Isotropic):
                 m.recompute = config.recompute
         self.stages = stage_parameters(self.model)
+        chosen = config.lr_multipliers or [1.0] * len(self.stages)
+        self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(chosen, str) else chosen
         self.compression = Compression(config, self.model)
         self.costs = stage_costs(self.model, config.seq_len)
 

@@ -51,6 +51,6 @@ def test_decay_and_muon_choices(model):
 
 def test_every_parameter_is_in_exactly_one_group(model):
     for optimizer in ("adamw", "muon"):
-        o = Optimizers(model, TrainConfig(optimizer=optimizer))
+        o = Optimizers(model, TrainConfig(optimizer=optimizer), [1.0] * 3)
         ids = [id(p) for part in o.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
