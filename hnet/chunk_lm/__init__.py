@@ -1,0 +1,1 @@
+"""ChunkLM: a spectral byte model (see `model`)."""
