@@ -26,9 +26,9 @@ def causal_filter(u: Tensor, taps: Tensor, history: Tensor | None = None) -> Ten
     if history is None:
         history = u.new_zeros(K - 1, C)
     size = max(K - 1, MIN_BLOCK)
-    if T <= size:
-        return _band(taps, T, u.dtype) @ torch.cat([history, u])
     blocks = -(-T // size)
+    if blocks == 1:
+        return _band(taps, T, u.dtype) @ torch.cat([history, u])
     before, after = u.new_zeros(size - K + 1, C), u.new_zeros(blocks * size - T, C)
     x = torch.cat([before, history, u, after]).view(blocks + 1, size, C)
     band = torch.nn.functional.pad(_band(taps, size, u.dtype), (size - K + 1, 0))  # (size, 2 size)

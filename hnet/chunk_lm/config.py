@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .spectral import fft_length
 
@@ -34,6 +34,7 @@ class ChunkLMConfig:
     spectral_state: bool = False
     state_dim: int = 64
     cutoff: int | None = None
+    tie_embeddings: ClassVar[bool] = False  # which hnet.model.checkpoint_format asks
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "seq_len", "kernel_len", "chunk", "expand", "state_dim"):
@@ -82,7 +83,7 @@ class ChunkLMConfig:
         d = dict(d)
         if (kind := d.pop("model_type", MODEL_TYPE)) != MODEL_TYPE:
             raise ValueError(f"config: model_type must be {MODEL_TYPE!r}, got {kind!r}")
-        known = ChunkLMConfig.__dataclass_fields__
+        known = [f.name for f in fields(ChunkLMConfig)]
         for key in d:
             if key not in known:
                 raise ValueError(f"config: unknown key {key!r}; known are {', '.join(known)}")

@@ -7,15 +7,16 @@ A block, with u = LayerNorm(x):
 
 gain_c and the content gate sigmoid(W mean_t(u)) do not depend on frequency, so they are applied after the filter.
 
-Two heads. The *chunk head* reads the last hidden state and predicts the next `chunk` bytes at once. With `causal=True` a
-*next-byte head* reads every position: all gains over frequency act on the kernel before it is cut to its causal taps, and
-the content gate sees a running mean. Hidden states are time-major, (T, B, D).
+Two heads. The *chunk head* reads the last hidden state and predicts the next `chunk` bytes at once. With `causal=True`
+a *next-byte head* reads every position: all gains over frequency act on the kernel before it is cut to its causal taps,
+and the content gate sees a running mean. Hidden states are time-major, (T, B, D).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ class Block(nn.Module):
         d = c.d_model
         self.n_fft, self.memory, self.dropout = c.n_fft, c.seq_len, c.dropout
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.kernel = nn.Parameter(torch.randn(c.kernel_len) * c.kernel_len**-0.5)
+        decay = torch.exp(-8 / c.kernel_len * torch.arange(c.kernel_len))  # recent bytes first; unit energy
+        self.kernel = nn.Parameter(torch.randn(c.kernel_len) * decay / decay.norm())
         self.gain = nn.Parameter(torch.ones(d))
         self.freq_gate = nn.Parameter(torch.full((c.bins,), 2.0))  # logits
         self.content_gate = nn.Linear(d, d)
@@ -104,11 +106,13 @@ class ChunkLM(nn.Module):
         self.config = config
         d = config.d_model
         self.embeddings = nn.Embedding(config.vocab_size, d)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = cast(list[Block], nn.ModuleList(Block(config) for _ in range(config.n_layers)))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size * (1 if config.causal else config.chunk))
-        self.state = SpectralState(config.chunk, config.state_dim, d) if config.spectral_state else None
-        nn.init.normal_(self.embeddings.weight, std=0.02)
+        self.state: SpectralState | None = None
+        if config.spectral_state:
+            self.state = SpectralState(config.chunk, config.state_dim, d)
+        nn.init.normal_(self.embeddings.weight)  # as large as what a block adds: the last byte must stay legible
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if dtype is not None:
@@ -165,7 +169,7 @@ class ChunkLM(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, cutoff)
         x = self.norm(self.blocks[-1].last(x, cutoff))
-        if memory is not None:
+        if self.state is not None and memory is not None:
             x = x + self.state(memory)
         return self.head(x).unflatten(-1, (self.config.chunk, self.config.vocab_size))
 
@@ -220,7 +224,7 @@ class ChunkLM(nn.Module):
         """Write config.json (with the cutoff) and model.safetensors into `directory`."""
         from .checkpoint import save_pretrained
 
-        save_pretrained(self, directory)
+        save_pretrained(self, directory)  # type: ignore[arg-type]
 
     @staticmethod
     def from_pretrained(

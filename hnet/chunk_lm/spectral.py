@@ -39,6 +39,7 @@ def passed_bins(bins: int, cutoff: int) -> int:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is cached while generating must serve in training too
 def _mask(bins: int, cutoff: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return cutoff_mask(bins, cutoff)[: passed_bins(bins, cutoff)].to(device, dtype)
 
@@ -63,7 +64,7 @@ def impulse_response(H: Tensor, n: int) -> Tensor:
 
 
 def causal_taps(kernel: Tensor, gate: Tensor, cutoff: int, n: int) -> Tensor:
-    """(kernel_len,) real: the taps 0 .. kernel_len - 1 of the filter, all gains applied; the rest, past and future, cut.
+    """(kernel_len,) real: taps 0 .. kernel_len - 1 of the filter, all gains applied; the rest, past and future, cut.
 
     Gains over frequency are zero-phase: used as they are they spread a tap over both directions of time. Cutting after
     them keeps the filter causal whatever they are.
@@ -106,8 +107,8 @@ def spectral_filter(u: Tensor, H: Tensor, n: int, form: str | None = None) -> Te
 def choose_form(T: int, n: int, bins: int, low_precision: bool) -> str:
     """The fastest form for forward and backward together, by multiply-adds a column.
 
-    Factors measured on a CPU with AVX512-BF16 (one core, 2048 columns, T 256 .. 1024): a small product is 15 % slower, and
-    one n log n of the transforms takes the time of 34 multiply-adds in fp32, 140 in bf16.
+    Factors measured on a CPU with AVX512-BF16 (one core, 2048 columns, T 256 .. 1024): a small product is 15 % slower,
+    and one n log n of the transforms takes the time of 34 multiply-adds in fp32, 140 in bf16.
     """
     rank = min(T, 2 * bins * T / n + 18)
     cost = {
@@ -132,7 +133,7 @@ class _FFTFilter(torch.autograd.Function):
         return _transpose(torch.fft.irfft(U * H, n)[:, : u.shape[0]]).to(u.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx, dy: Tensor):
         U, H = ctx.saved_tensors
         T, n, F = dy.shape[0], ctx.n, len(H)
         Y = torch.fft.rfft(_transpose(dy.to(H.real.dtype)), n)[:, :F]
@@ -150,6 +151,7 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _weights(bins: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(bins,): what a bin of a half spectrum counts in irfft: 2 / n, and 1 / n at the two ends."""
     w = torch.full((bins,), 2.0 / n, dtype=dtype, device=device)
@@ -168,11 +170,11 @@ class _Toeplitz(torch.autograd.Function):
         return v.unfold(0, len(v) - rows + 1, 1).flip(0)
 
     @staticmethod
-    def backward(ctx, dM: Tensor):  # type: ignore[override]
+    def backward(ctx, dM: Tensor):
         rows, width = dM.shape
         total = rows + width - 1
         exact = torch.promote_types(dM.dtype, torch.float32)
-        skew = torch.nn.functional.pad(dM.flip(0).to(exact), (0, rows))  # rows one longer than `total` line diagonals up
+        skew = torch.nn.functional.pad(dM.flip(0).to(exact), (0, rows))  # one longer than `total`: diagonals line up
         return skew.flatten()[: rows * total].view(rows, total).sum(0), None
 
 
@@ -190,6 +192,7 @@ def _circulant(h: Tensor, T: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def band_basis(T: int, n: int, bins: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A basis of all that `bins` low bins can say in a window of T values, to rounding.
 

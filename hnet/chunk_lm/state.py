@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def rotating_scan(inputs: Tensor, decay: Tensor, angle: Tensor, initial: Tensor | None = None) -> Tensor:
     """H_n = decay e^{i angle} H_{n-1} + (1 - decay) F_n, all n in about log2(N) rounds.
 
-    Round k adds to each state the one 2^k before it, turned and decayed 2^k times; |decay| <= 1 keeps every term bounded.
+    Round k adds to each state the one 2^k before it, turned and decayed 2^k times; decay < 1 keeps every term bounded.
 
     Args:
         inputs: (B, N, ...) complex, F. decay, angle: (...) real, decay in [0, 1), angle in radians.
