@@ -55,20 +55,35 @@ def running_mean(u: Tensor, memory: int, mean: Tensor | None = None, count: int 
     Returns:
         (T, C) in fp32 or better
     """
-    exact = torch.promote_types(u.dtype, torch.float32)
-    u = u.to(exact)
+    with torch.autocast(u.device.type, enabled=False):
+        return _running_mean(u.to(torch.promote_types(u.dtype, torch.float32)), memory, mean, count)
+
+
+def _running_mean(u: Tensor, memory: int, mean: Tensor | None, count: int) -> Tensor:
     T, C = u.shape
-    mean = u.new_zeros(C) if mean is None else mean.to(exact)
+    mean = u.new_zeros(C) if mean is None else mean.to(u.dtype)
     filling = max(0, min(T, memory - count))
     parts = []
     if filling:
-        n = torch.arange(count + 1, count + filling + 1, device=u.device, dtype=exact)[:, None]
-        parts.append((u[:filling].cumsum(0) + mean * count) / n)
+        n = torch.arange(count + 1, count + filling + 1, device=u.device, dtype=u.dtype)[:, None]
+        parts.append((_cumsum(u[:filling]) + mean * count) / n)
         mean = parts[-1][-1]
     keep = 1.0 - 1.0 / memory
     for block in u[filling:].split(128) if filling < T else ():
-        t = torch.arange(len(block), device=u.device, dtype=exact)
+        t = torch.arange(len(block), device=u.device, dtype=u.dtype)
         weights = (keep ** (t[:, None] - t).clamp(min=0) / memory).tril()
         parts.append(weights @ block + keep ** (t[:, None] + 1) * mean)
         mean = parts[-1][-1]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _cumsum(u: Tensor, block: int = 32) -> Tensor:
+    """cumsum over time in fp32 or better: sums inside blocks as products, then of whole blocks (PyTorch's takes four
+    times as long along any but the last dimension)."""
+    T, C = u.shape
+    if len(u) <= block:
+        return u.cumsum(0)
+    x = torch.nn.functional.pad(u, (0, 0, 0, -T % block)).view(-1, block, C)
+    inside = torch.bmm(u.new_ones(block, block).tril().expand(len(x), block, block), x)
+    before = inside[:-1, -1].cumsum(0)
+    return (inside + torch.nn.functional.pad(before, (0, 0, 1, 0))[:, None]).view(-1, C)[:T]
