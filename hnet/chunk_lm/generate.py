@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def generate(
     """Continue a prompt, yielding new bytes as they come: up to `chunk` of them, or one from the next-byte head.
 
     Args:
-        model: on any device, any dtype; its cutoff is used. It is put into evaluation mode.
+        model: on any device, any dtype, in training or not; its cutoff is used.
         prompt: text (as UTF-8) or bytes, at least one byte.
         max_new_bytes: exactly this many are generated; the last chunk is cut.
         temperature, top_p, repetition_penalty, repetition_window: see SamplingConfig.
@@ -53,7 +54,7 @@ def generate(
         raise ValueError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
     config = SamplingConfig(temperature, top_p, repetition_penalty, repetition_window)
     generator = None if seed is None else torch.Generator(model.head.weight.device).manual_seed(seed)
-    return _generate(model.eval(), text, max_new_bytes, config, generator, stateful)
+    return _generate(model, text, max_new_bytes, config, generator, stateful)
 
 
 def _generate(
@@ -67,7 +68,7 @@ def _generate(
     reader = (CausalReader if model.config.causal else ChunkReader)(model, stateful)
     new = recent = text
     while left:
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             logits = reader.read(new)[:left]
         new = b""
         for row in logits:  # the penalty sees the bytes of this very chunk
@@ -75,6 +76,17 @@ def _generate(
         recent = (recent + new)[-max(config.repetition_window, 1) :]
         left -= len(new)
         yield new
+
+
+@contextmanager
+def evaluating(model: ChunkLM) -> Iterator[None]:
+    """Evaluation mode for a moment: a model that is sampled while it trains goes on training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def generate_text(model: ChunkLM, prompt: str | bytes, **options: Any) -> Iterator[str]:

@@ -14,9 +14,9 @@ and the content gate sees a running mean. Hidden states are time-major, (T, B, D
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ class ChunkLM(nn.Module):
 
     def __init__(self, config: ChunkLMConfig, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = replace(config)  # set_cutoff writes into it
         d = config.d_model
         self.embeddings = nn.Embedding(config.vocab_size, d)
         self.blocks = cast(list[Block], nn.ModuleList(Block(config) for _ in range(config.n_layers)))
@@ -217,6 +217,12 @@ class ChunkLM(nn.Module):
         if len(shape) != 2 or shape[1] < 1 or (limit and shape[1] > limit):
             raise ValueError(f"input_ids must be (batch, 1 .. {limit or 'any'}), got {shape}")
         return input_ids.long()
+
+    def generate(self, prompt: str | bytes, **options: Any) -> bytes:
+        """Continue a prompt; see `hnet.chunk_lm.generate.generate` for the options. Returns the new bytes."""
+        from .generate import generate
+
+        return b"".join(generate(self, prompt, **options))
 
     # --- files ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hnet.chunk_lm import generate, generate_text
+from hnet.chunk_lm.generate import generate, generate_text
 from hnet.generate.sampling import SamplingConfig, sample
 
 from .test_model import ids, make
@@ -105,6 +105,15 @@ def test_seed_repeats():
     a, b, c = (b"".join(sampled(model, max_new_bytes=40, seed=s)) for s in (1, 1, 2))
     assert a == b != c
     assert len(a) == 40
+    assert model.generate(PROMPT, max_new_bytes=40, seed=1) == a
+
+
+def test_a_model_in_training_is_sampled_without_dropout_and_goes_on_training():
+    model = make(dropout=0.5).train()
+    before = b"".join(sampled(model, max_new_bytes=16, temperature=0))
+    assert model.training
+    assert before == b"".join(sampled(model.eval(), max_new_bytes=16, temperature=0))
+    assert not model.training
 
 
 def test_repetition_penalty_sees_the_bytes_of_its_own_chunk():

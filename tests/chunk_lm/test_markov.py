@@ -25,6 +25,4 @@ def test_baselines_on_texts_whose_entropies_are_known():
 def test_baselines_count_within_documents_only():
     corpus = Corpus.of([b"ab", b"ca"] * 500)
     got = markov_baselines(corpus, corpus, 1)
-    assert (
-        got["bigram"][0] < 0.06
-    )  # a -> b, c -> a: certain but for smoothing. b -> c only across documents
+    assert got["bigram"][0] < 0.06  # a -> b, c -> a: certain but for smoothing. b -> c only across documents

@@ -90,6 +90,7 @@ def test_cutoff_changes_the_output_and_full_is_the_default():
     assert torch.equal(model(x), model(x, 2))
     model.set_cutoff(None)
     assert model.cutoff == 33
+    assert ChunkLM(model.config, dtype=torch.float64).config is not model.config
     for bad in (0, 34, 2.0, True):
         with pytest.raises(ValueError, match="cutoff must be an integer from 1 to 33"):
             model.set_cutoff(bad)
