@@ -1,4 +1,4 @@
-"""ChunkLM: a spectral byte model (see `model`), its windows and loss. Generation is in `hnet.chunk_lm.generate`."""
+"""ChunkLM: a spectral byte model (see `model`), its windows and loss. Generation is in `hnet.generate.chunk_lm`."""
 
 from .config import ChunkLMConfig
 from .model import ChunkLM

@@ -219,10 +219,14 @@ class ChunkLM(nn.Module):
         return input_ids.long()
 
     def generate(self, prompt: str | bytes, **options: Any) -> bytes:
-        """Continue a prompt; see `hnet.chunk_lm.generate.generate` for the options. Returns the new bytes."""
-        from .generate import generate
+        """Continue a prompt; see `hnet.generate.chunk_lm.generate` for the options. Returns the new bytes."""
+        from hnet.generate.chunk_lm import generate
 
         return b"".join(generate(self, prompt, **options))
+
+    def current_config(self) -> ChunkLMConfig:
+        """The config with the cutoff as it is now."""
+        return self.config
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +234,7 @@ class ChunkLM(nn.Module):
         """Write config.json (with the cutoff) and model.safetensors into `directory`."""
         from .checkpoint import save_pretrained
 
-        save_pretrained(self, directory)  # type: ignore[arg-type]
+        save_pretrained(self, directory)
 
     @staticmethod
     def from_pretrained(

@@ -21,6 +21,11 @@ class Windows(NamedTuple):
     input_ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, chunk) int64, the bytes after each window
 
+    @property
+    def num_targets(self) -> int:
+        """Bytes the chunk head predicts."""
+        return self.targets.numel()
+
     def to(self, device: torch.device) -> Windows:
         if device.type == "cpu":
             return self
@@ -62,6 +67,9 @@ class WindowStream:
         """Bytes read over bytes there are (windows overlap, so some are read more often than others)."""
         return self.batches * self.batch_size * self.seq_len / max(int(self.places[-1]), 1)
 
+    def close(self) -> None:
+        """Nothing to do."""
+
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.batches}
 
@@ -95,15 +103,15 @@ def eval_windows(corpus: Corpus, seq_len: int, chunk: int, batch_size: int, max_
 
 def _documents(corpus: Corpus, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """(data, begins, lengths, unused bytes) of the documents of at least `size` bytes, the short ones joined."""
-    begins, lengths = corpus.offsets[:-1], np.diff(corpus.offsets)
+    begins, lengths = corpus.begin, corpus.sizes
     short = lengths < size
     joined = int(lengths[short].sum())
     if not joined:
-        return corpus.data, begins, lengths, 0
+        return corpus.buffer, begins, lengths, 0
     if joined < size:
-        return corpus.data, begins[~short], lengths[~short], joined
+        return corpus.buffer, begins[~short], lengths[~short], joined
     rest = np.concatenate([corpus.document(i) for i in np.flatnonzero(short).tolist()])
-    data = np.concatenate([corpus.data, rest]) if not short.all() else rest
+    data = np.concatenate([corpus.buffer, rest]) if not short.all() else rest
     begin = len(data) - joined
     return data, np.append(begins[~short], begin), np.append(lengths[~short], joined), 0
 

@@ -1,6 +1,6 @@
 """Every knob of a training run: TOML keys, command-line flags and defaults in one place.
 
-`RunConfig` has what any model's run has; `TrainConfig` adds the H-Net's; ChunkLM's is in hnet/chunk_lm/train_config.py.
+`RunConfig` has what any model's run has; `TrainConfig` adds the H-Net's; ChunkLM's is in chunk_lm_config.py.
 """
 
 from __future__ import annotations

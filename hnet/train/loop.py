@@ -163,7 +163,7 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             return events
         events += self.task.observe(row)
-        if any(e.name == "cutoff_raised" for e in events) and c.schedule == "restarts":
+        if any(e.name == "cutoff_raised" for e in events):
             self.schedule.restart(self.step)
         if c.schedule == "plateau" or c.restart_on_plateau:
             self.plateau.observe(row["ce"])
@@ -202,7 +202,7 @@ class Trainer:
         result: dict[str, float] = {}
         profiler = self._profiler()
         try:
-            with TrainConsole(c.steps, self.step, quiet=not self.world.main) as console:
+            with TrainConsole(c.steps, self.step, quiet=not self.world.main, plain=not self.task.prints) as console:
                 self.console, self.metrics = console, metrics
                 if self.step == 0:
                     result = self.evaluate()
@@ -289,8 +289,17 @@ class Trainer:
         c = self.config
         for e in events:
             self._write({"step": row["step"], "event": e.name, "message": e.message})
-            self.console.event(row["step"], e.message)
-        if row["step"] == c.steps or row["step"] % c.log_every == 0 or "val_bpb" in row or self.stop:
+            if e.name != "cutoff_raised":  # which the task prints
+                self.console.event(row["step"], e.message)
+        for line in self.task.lines(row, events):
+            self.console.say(line)
+        if (
+            row["step"] == c.steps
+            or self.task.prints
+            or row["step"] % c.log_every == 0
+            or "val_bpb" in row
+            or self.stop
+        ):
             self._write(row)
         if "val_bpb" in row:
             self.console.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
@@ -344,6 +353,7 @@ class Trainer:
             path = checkpoint.save_checkpoint(root, step, write, about, keep)
             if best:
                 checkpoint.mark_best(path)
+            self.task.saved(path, step)
 
         if self.world.main:
             if self.config.async_checkpoints:

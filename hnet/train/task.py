@@ -1,4 +1,4 @@
-"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (hnet/chunk_lm/task.py) is like it:
+"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (chunk_lm_task.py) is like it:
 
 model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
 multipliers               learning-rate factor of every stage
@@ -7,6 +7,8 @@ after_step(step, means)   what moves after every step, on the device
 row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
 observe(row)              what moves by the numbers of a finished step; events
 evaluate(), sample()      held-out cross entropy, a text to look at
+prints, lines(row, events)  whether it prints rows itself, and what
+saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
 """
 
@@ -40,6 +42,8 @@ from .optim import stage_parameters
 
 
 class HNetTask:
+    prints = False
+
     def __init__(
         self,
         config: TrainConfig,
@@ -142,6 +146,12 @@ class HNetTask:
             parts.append(f"--- chunks of stage {i}\n{render_plain(held_out[: 4 * c.sample_bytes], starts)}")
         self.model.train()
         return "\n".join(parts) + "\n"
+
+    def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
+        return []
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        pass
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
         load_state(self.model, state, str(where))

@@ -37,8 +37,8 @@ def _rows(counts: np.ndarray) -> np.ndarray:
 
 def _counts(corpus: Corpus, distance: int) -> np.ndarray:
     """(256, 256): how often a byte stands `distance` places before another within a document."""
-    at = np.arange(corpus.num_bytes - distance)
-    document = np.searchsorted(corpus.offsets, at, side="right")
-    inside = at + distance < corpus.offsets[document]
-    a, b = corpus.data[at[inside]].astype(np.int64), corpus.data[at[inside] + distance]
-    return np.bincount(a * 256 + b, minlength=65536).reshape(256, 256).astype(np.float64)
+    counts = np.zeros(65536)
+    for i in range(len(corpus)):
+        text = corpus.document(i).astype(np.int64)
+        counts += np.bincount(text[: len(text) - distance] * 256 + text[distance:], minlength=65536)
+    return counts.reshape(256, 256)

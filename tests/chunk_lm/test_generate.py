@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hnet.chunk_lm.generate import generate, generate_text
+from hnet.generate.chunk_lm import generate, generate_text
 from hnet.generate.sampling import SamplingConfig, sample
 
 from .test_model import ids, make

@@ -29,7 +29,7 @@ def test_windows_are_continuous_and_inside_documents():
 
 def test_every_place_is_equally_likely():
     data = np.arange(83, dtype=np.uint8)
-    c = Corpus(data, np.array([0, 33, 83]))  # 4 + 21 places
+    c = Corpus(data, np.array([0, 33]), np.array([33, 83]))  # 4 + 21 places
     stream = WindowStream(c, 20, 10, 1000, seed=3)
     starts = torch.cat([next(stream).input_ids[:, 0] for _ in range(25)])
     counts = torch.bincount(starts, minlength=83)

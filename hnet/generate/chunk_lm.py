@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hnet.chunk_lm.model import ChunkLM
 from hnet.generate.sampling import SamplingConfig, sample
-
-from .model import ChunkLM
 
 
 def generate(
