@@ -91,10 +91,10 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, cos, inv_q, inv_k
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad):
     N, T, D = _sizes(cu_seqlens, q)
     dq, dk = _empty(T, D, dtype=q.dtype), _empty(T, D, dtype=q.dtype)
-    dbias = None if logit_bias is None else _empty(T)
+    dbias = _empty(T) if bias_grad else None
     _call(
         "route_bwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), mask, cos, inv_q, inv_k,
         dprob, dselected, dprob_sum, dq, dk, dbias,
