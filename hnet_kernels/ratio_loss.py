@@ -110,6 +110,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the other output's would be zeros, made by a launch
     ctx.save_for_backward(output[1])
 
 
