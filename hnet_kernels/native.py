@@ -129,7 +129,7 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
     return out
 
 
-def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
+def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
     N, T, D = _sizes(cu_seqlens, dout)
     M = z.shape[0]
     dz, dprob, dselected = _empty(M, D, dtype=z.dtype), _empty(T), _empty(T)
@@ -137,7 +137,9 @@ def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
         "dechunk_bwd", z.dtype, Rows(dout), Rows(z), prob, cu_seqlens, cu_chunks, chunk_start, N, T, M, D,
         dz, dprob, dselected,
     )  # fmt: skip
-    return dz, dprob, dselected
+    dresidual = dout.float() if fp32_residual else _empty(0)
+    dresidual[cu_seqlens[-1].item() :] = 0
+    return dz, dprob, dselected, dresidual
 
 
 def ema(z, p, cu_seqlens, initial_state):

@@ -107,9 +107,9 @@ def _position_of(chunk_start, m, num_chunks, end):
 
 @triton.jit
 def _dechunk_bwd_kernel(
-    dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part,
+    dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part, dresidual,
     T, M, N, steps, dout_stride, z_stride,
-    D: tl.constexpr, HALO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, HALO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Chunks m0 .. m1 - 1 are this program's own. Its columns j are those and the HALO chunks before; the positions it
@@ -149,7 +149,10 @@ def _dechunk_bwd_kernel(
         log_here = tl.gather(log_window, tl.maximum(chunk - (m0 - HALO), 0), 0)
         visible = (j[None, :] <= chunk[:, None]) & (limit[None, :] > chunk[:, None])
         decay = _decay(log_here[:, None] - log_j[None, :], visible)
-        d = tl.load(dout + t.to(tl.int64)[:, None] * dout_stride + c[None, :], mask=on[:, None] & col, other=0.0)
+        at = t.to(tl.int64)[:, None]
+        d = tl.load(dout + at * dout_stride + c[None, :], mask=on[:, None] & col, other=0.0)
+        if HAS_DRESIDUAL:
+            tl.store(dresidual + at * D + c[None, :], d, mask=(t < t_own)[:, None] & col)
         d = to_dot(d, DOT)
         # a chunk's own positions have decay 1, exact in any dtype; the rest is smaller than what is exact
         g = tl.dot(tl.trans(decay.to(DOT)), d, g, input_precision=PRECISION)
@@ -166,6 +169,15 @@ def _dechunk_bwd_kernel(
     previous = weighted_sum(weight, zj, tl.zeros((BLOCK_J, BLOCK_D), tl.float32), DOT, PRECISION)
     dp = tl.sum(g * (zj.to(tl.float32) - previous), 1)
     tl.store(dp_part + pid_d.to(tl.int64) * M + j, dp, mask=own & real)
+
+    if HAS_DRESIDUAL:  # rows after the last sequence: each program zeroes its share
+        share = tl.cdiv(T - end, tl.num_programs(0))
+        pad = end + tl.program_id(0) * share
+        pad_end = tl.minimum(pad + share, T)
+        for t0 in range(pad, pad_end, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            zero = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            tl.store(dresidual + t.to(tl.int64)[:, None] * D + c[None, :], zero, mask=(t < pad_end)[:, None] & col)
 
 
 @triton.jit
@@ -223,10 +235,10 @@ def _fwd_plan(D, dtype, gpu):
 
 def _bwd_plan(D, dtype, gpu):
     if dtype == torch.float32:
-        return _plan(D, dtype, gpu, 16, 64, 32, 4, 2)
+        return _plan(D, dtype, gpu, 16, 64, 32, 4, 2, HAS_DRESIDUAL=False)
     if gpu in ("sm_90", "sm_100"):  # asynchronous matrix products leave registers for a larger tile
-        return _plan(D, dtype, gpu, 64, 64, 64, 8, 3)
-    return _plan(D, dtype, gpu, 32, 64, 64, 4, 3)
+        return _plan(D, dtype, gpu, 64, 64, 64, 4 if gpu == "sm_90" else 8, 3, HAS_DRESIDUAL=True)
+    return _plan(D, dtype, gpu, 32, 64, 64, 4, 3, HAS_DRESIDUAL=True)
 
 
 FWD = Kernel(
@@ -242,8 +254,9 @@ BWD = Kernel(
     _dechunk_bwd_kernel,
     {
         "dout": "*T", "z": "*T", "prob": "*fp32", "chunk_start": "*i32", "chunk_index": "*i32", "cu_chunks": "*i32",
-        "cu_seqlens": "*i32", "dz": "*T", "dp_part": "*fp32", "dc_part": "*fp32", "T": "i32", "M": "i32", "N": "i32",
-        "steps": "i32", "dout_stride": "i32", "z_stride": "i32",
+        "cu_seqlens": "*i32", "dz": "*T", "dp_part": "*fp32", "dc_part": "*fp32",
+        "dresidual": "*fp32", "T": "i32", "M": "i32", "N": "i32", "steps": "i32", "dout_stride": "i32",
+        "z_stride": "i32",
     },
     _bwd_plan,
 )  # fmt: skip
@@ -279,25 +292,27 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
     return out
 
 
-def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
+def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
     (T, D), M, N = dout.shape, z.shape[0], cu_seqlens.shape[0] - 1
     dout, z = rows(dout), rows(z)
     planned = BWD.blocks(z, D)
     parts = triton.cdiv(D, planned["BLOCK_D"])
     dz, dprob, dselected = empty(z, M, D, dtype=z.dtype), empty(z, T), empty(z, T)
-    if T == 0:
-        return dz.zero_(), dprob, dselected
+    dresidual = empty(z, T, D) if fp32_residual else empty(z, 0)
+    if T == 0 or M == 0:
+        return dz.zero_(), dprob.zero_(), dselected.zero_(), dresidual.zero_()
     dp_part, dc_part = empty(z, parts, M), empty(z, parts, T)
     BWD.launch(
         (triton.cdiv(M, planned["BLOCK_J"] - planned["HALO"]), parts),
-        z, D, dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part, T, M, N,
-        search_steps(N), stride(dout), stride(z),
+        z, D, dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part,
+        dresidual if fp32_residual else None, T, M, N, search_steps(N), stride(dout), stride(z),
+        HAS_DRESIDUAL=fp32_residual,
     )  # fmt: skip
     REDUCE.launch(
         (triton.cdiv(T, 512),), z, D, prob, chunk_start, chunk_index, cu_seqlens, dp_part, dc_part, dprob, dselected,
         T, M, N, parts,
     )  # fmt: skip
-    return dz, dprob, dselected
+    return dz, dprob, dselected, dresidual
 
 
 def dechunk_step(z, boundary_prob, boundary_mask, state, residual):

@@ -58,11 +58,12 @@ class Counter(TorchDispatchMode):
     [
         ({}, 11),
         ({"reduction": "sequence"}, 11),
-        ({"residual_dtype": torch.float32}, 12),
+        ({"residual_dtype": torch.float32}, 11),
+        ({"residual_dtype": torch.float32, "logit_bias": "learned"}, 12),
         ({"logit_bias": "learned"}, 12),
         ({"logit_bias": 0.1}, 12),
     ],
-    ids=["plain", "loss by sequence", "fp32 residual", "learned bias", "float bias"],
+    ids=["plain", "loss by sequence", "fp32 residual", "both", "learned bias", "float bias"],
 )
 def test_round_trip_of_a_stage(options, most, monkeypatch):
     """route + pool + dechunk + ratio loss, forward and backward, with max_chunks: at most 12 launches and no wait."""
