@@ -77,7 +77,7 @@ class HNet(nn.Module):
         budget = None if max_chunks is None else max_chunks[self.stage]
         r = hk.route(q, k, pack.cu_seqlens, max_chunks=budget, padded=max_chunks is not None and self.stage > 0)
         z = hk.pool(x, r)
-        inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen)
+        inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen, padded=budget is not None)
         z, routings = self.main_network(z, inner, max_chunks, cache and cache.inner, slots)
         y = hk.dechunk(z, r, residual)
         if cache is not None and cache.route is not None and slots is not None:
