@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -112,6 +110,8 @@ class TrainConfig:
         return self
 
     def to_toml(self) -> str:
+        import tomli_w  # only writing needs it
+
         return tomli_w.dumps(dataclasses.asdict(self))
 
 
