@@ -40,6 +40,21 @@ class ConvConfig:
 
 
 @dataclass
+class RoutingConfig:
+    """Where boundaries may fall and how often, an extension the published models do not use.
+
+    boundaries: "any" position; "char-start" or "char-end", first or last byte of a UTF-8 character (outermost stage).
+    logit_bias: added to the boundary logit of every stage with routing, outermost first; a rate controller finds it.
+    """
+
+    boundaries: str = "any"
+    logit_bias: list[float] | None = None
+
+
+BOUNDARIES = ("any", "char-start", "char-end")
+
+
+@dataclass
 class HNetConfig:
     """Architecture of an H-Net. Lists run outermost stage first.
 
@@ -55,6 +70,7 @@ class HNetConfig:
     attn_cfg: AttnConfig = field(default_factory=AttnConfig)
     tie_embeddings: bool = False
     conv_cfg: ConvConfig = field(default_factory=ConvConfig)
+    routing_cfg: RoutingConfig = field(default_factory=RoutingConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -85,6 +101,8 @@ class HNetConfig:
         d = asdict(self)
         if not any("c" in m or "C" in m for s in range(self.num_stages) for m in self.layouts(s)):
             del d["conv_cfg"]  # keep the published format where it suffices
+        if self.routing_cfg == RoutingConfig():
+            del d["routing_cfg"]
         return d
 
     def to_json(self, path: str | Path) -> None:
@@ -100,7 +118,8 @@ class HNetConfig:
         if not isinstance(d, dict):
             raise ValueError(f"config must be a JSON object, got {type(d).__name__}")
         d = dict(d)
-        for name, cls in (("ssm_cfg", SSMConfig), ("attn_cfg", AttnConfig), ("conv_cfg", ConvConfig)):
+        parts = {"ssm_cfg": SSMConfig, "attn_cfg": AttnConfig, "conv_cfg": ConvConfig, "routing_cfg": RoutingConfig}
+        for name, cls in parts.items():
             if name in d:
                 d[name] = _build(cls, d[name], name)
         return _build(HNetConfig, d, "config")
@@ -176,6 +195,18 @@ def _check(c: HNetConfig) -> None:
     for a, b in zip(c.d_model, c.d_model[1:], strict=False):
         if b < a:
             raise ValueError(f"d_model must not decrease inwards, got {c.d_model}")
+    r = c.routing_cfg
+    if r.boundaries not in BOUNDARIES:
+        raise ValueError(f"routing_cfg.boundaries must be one of {', '.join(BOUNDARIES)}, got {r.boundaries!r}")
+    if r.logit_bias is not None and (
+        not isinstance(r.logit_bias, list)
+        or len(r.logit_bias) != stages - 1
+        or not all(isinstance(b, int | float) for b in r.logit_bias)
+    ):
+        raise ValueError(
+            f"routing_cfg.logit_bias must list one number for each of the {stages - 1} stages with routing, "
+            f"got {r.logit_bias!r}"
+        )
     letters = {s: "".join(m for layout in c.layouts(s) for m, _ in parse_layout(layout)) for s in range(stages)}
     if any("t" in m.lower() for m in letters.values()):
         for name, low in (("num_heads", 1), ("rotary_emb_dim", 0), ("window_size", -1)):

@@ -77,7 +77,7 @@ def test_info():
         (["train", "--data", __file__], "cannot hold documents out of 1"),
         (["train", "--data", __file__, "--val-data", __file__, "--batch-bytes", "9999999"], "fewer than one batch"),
         (["train", "--data", __file__, "--compression", "1.0"], "compression must be above 1"),
-        (["train", "--data", "x", "--compression", "a,b"], "is not a comma-separated list of float"),
+        (["train", "--data", "x", "--compression", "a,b"], "is not a list of float"),
         (["train", "--resume", "--out", "/nowhere"], "config file /nowhere/config.toml does not exist"),
         (["generate", "/nowhere", "--prompt", "x"], "/nowhere does not exist"),
         (["segment", "/nowhere", __file__], "/nowhere does not exist"),

@@ -45,9 +45,10 @@ def demo(out: str, steps: int) -> None:
         shutil.rmtree(out)
     trainer = Trainer(config(out, steps))
     size = sum(p.numel() for p in trainer.model.parameters())
+    corpus = trainer.task.stream.corpus
     console.print(
-        f"An H-Net of {size / 1e6:.1f}M parameters learns {trainer.stream.corpus.num_bytes / 1e6:.1f} MB of Python "
-        f"({len(trainer.stream.corpus)} files of the standard library), byte by byte, without a tokenizer."
+        f"An H-Net of {size / 1e6:.1f}M parameters learns {corpus.num_bytes / 1e6:.1f} MB of Python "
+        f"({len(corpus)} files of the standard library), byte by byte, without a tokenizer."
     )
     before = trainer.evaluate()["val_bpb"]
     after = trainer.train().get("val_bpb")
@@ -70,7 +71,7 @@ def demo(out: str, steps: int) -> None:
 
 def snippet(trainer: Trainer, size: int = 600) -> bytes:
     """Some whole lines from the middle of the longest held-out file."""
-    document = max((trainer.val.document(i) for i in range(len(trainer.val))), key=len).tobytes()
+    document = max((trainer.task.val.document(i) for i in range(len(trainer.task.val))), key=len).tobytes()
     at = document.find(b"\ndef ", len(document) // 3) + 1
     piece = document[at : at + size]
     return piece[: piece.rfind(b"\n") + 1] or piece

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import config_options, given
+from .options import ManyValues, config_options, given
 
 
 class OneLineErrors(click.Group):
@@ -17,7 +17,9 @@ class OneLineErrors(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, OSError) as e:
+        except Exception as e:
+            if not isinstance(e, ValueError | TypeError | OSError) and type(e).__name__ != "RunFailed":
+                raise
             if isinstance(e, BrokenPipeError) or ctx.params.get("traceback"):
                 raise
             raise click.ClickException(str(e)) from None
@@ -32,20 +34,37 @@ def main(traceback: bool) -> None:
     keep_memory()
 
 
-@main.command()
+@main.command(cls=ManyValues)
 @click.argument("config", required=False, type=click.Path(dir_okay=False))
-@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint of --out.")
+@click.option(
+    "--resume", is_flag=False, flag_value="latest", metavar="[auto|latest|CHECKPOINT]",
+    help="Go on from the latest checkpoint of --out, or from the one named; auto: if there is one, else start.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check data and config, show size, cost and schedule; train nothing.")
 @config_options
-def train(config: str | None, resume: bool, **options: Any) -> None:
-    """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default."""
+def train(config: str | None, resume: str | None, dry_run: bool, **options: Any) -> None:
+    """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default.
+    Many processes: torchrun --nproc-per-node N -m hnet train ..."""
+    from hnet.train.checkpoint import list_checkpoints
     from hnet.train.config import TrainConfig, read_toml
+    from hnet.train.distributed import leave
     from hnet.train.loop import Trainer
 
     flags = given(options)
-    if resume and config is None:
+    if config is None and resume not in (None, "auto"):
         config = str(Path(flags.get("out", TrainConfig().out)) / "config.toml")
-    values = read_toml(config) if config else {}
-    Trainer(TrainConfig(**{**values, **flags}), resume=resume).train()
+    values = TrainConfig(**{**(read_toml(config) if config else {}), **flags})
+    if resume == "auto":
+        resume = "latest" if list_checkpoints(Path(values.out) / "checkpoints") else None
+    if dry_run:
+        from hnet.train.dry_run import report
+
+        click.echo(report(values.validate()))
+        return
+    try:
+        Trainer(values, resume=resume or False).train()
+    finally:
+        leave()
 
 
 @main.command()

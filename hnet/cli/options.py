@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,23 +10,68 @@ import click
 
 from hnet.train.config import fields
 
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_TYPES = {"int": int, "float": float, "str": str}
 
 
 class ListOf(click.ParamType):
-    """ "1,2.5" -> [1.0, 2.5]"""
+    """ "1,2.5" -> [1.0, 2.5]; "auto" stays where that is allowed"""
 
-    def __init__(self, element: type) -> None:
-        self.element = element
+    def __init__(self, element: type, or_auto: bool = False) -> None:
+        self.element, self.or_auto = element, or_auto
         self.name = f"{element.__name__},..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list:
-        if isinstance(value, list):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list | str:
+        if isinstance(value, list) or (self.or_auto and value == "auto"):
             return value
         try:
             return [self.element(v) for v in str(value).split(",") if v]
         except ValueError:
-            self.fail(f"{value!r} is not a comma-separated list of {self.element.__name__}", param, ctx)
+            self.fail(f"{value!r} is not a list of {self.element.__name__}", param, ctx)
+
+
+class NumberOrAuto(click.ParamType):
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        try:
+            return value if value == "auto" else float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
+def _click_type(kind: str) -> Any:
+    first, _, alternative = kind.partition(" | ")
+    if first.startswith("list"):
+        return ListOf(_TYPES[first[5:-1]], or_auto=bool(alternative))
+    return NumberOrAuto() if alternative else _TYPES[first]
+
+
+class ManyValues(click.Command):
+    """Lists may also be given as words: --d-model 256 512 is --d-model 256,512. (Text lists end at the next option.)"""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        lists = {o: p.type for p in self.params if isinstance(p.type, ListOf) for o in p.opts}
+        merged: list[str] = []
+        i = 0
+        while i < len(args):
+            merged.append(args[i])
+            i += 1
+            kind = lists.get(merged[-1])
+            if kind is None:
+                continue
+            values = []
+            while i < len(args) and _belongs(args[i], kind):
+                values.append(args[i])
+                i += 1
+            if values:
+                merged.append(",".join(values))
+        return super().parse_args(ctx, merged)
+
+
+def _belongs(word: str, kind: ListOf) -> bool:
+    if kind.element is str:
+        return not word.startswith("--")
+    return re.fullmatch(r"(-?[\d.]+(e-?\d+)?,?)+|auto", word) is not None
 
 
 def _show(value: Any) -> str:
@@ -36,17 +82,14 @@ def config_options(command: Callable) -> Callable:
     """One option for each field of TrainConfig, absent unless given (file and defaults decide then)."""
     for f in reversed(fields()):
         kind = str(f.type)
-        is_list = kind.startswith("list")
-        element = _TYPES[kind[5:-1] if is_list else kind]
         default = f.default_factory() if callable(f.default_factory) else f.default
+        name = f"--{f.name.replace('_', '-')}"
         text = f.metadata["help"] + (f"  [default: {_show(default)}]" if default not in ("", []) else "")
-        command = click.option(
-            f"--{f.name.replace('_', '-')}",
-            f.name,
-            type=ListOf(element) if is_list else element,
-            default=None,
-            help=text,
-        )(command)
+        if kind == "bool":
+            option = click.option(f"{name}/--no-{name[2:]}", f.name, default=None, help=text)
+        else:
+            option = click.option(name, f.name, type=_click_type(kind), default=None, help=text)
+        command = option(command)
     return command
 
 

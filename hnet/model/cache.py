@@ -58,6 +58,7 @@ class RouteCache:
     q_last: Tensor  # (B, d_model), the last position's W_q x
     seen: Tensor  # (B,) bool, any position yet
     ema: Tensor  # (B, d_model) fp32, the dechunked value
+    tail: Tensor  # (B, 3) uint8, the last bytes, for boundaries at the ends of characters
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from hnet.config import HNetConfig
 
 from .cache import HNetCache
 from .hnet import HNet
+from .isotropic import Block
 from .pack import Pack
 
 BOS, EOS = 254, 255
@@ -48,11 +50,13 @@ class HNetForCausalLM(nn.Module):
         self.to(device)
 
     def cast(self, dtype: torch.dtype) -> HNetForCausalLM:
-        """Parameters to `dtype`, residual projections to fp32. Returns self."""
+        """Parameters to `dtype`, residual projections and logit biases to fp32. Returns self."""
+        biases = [None if s.innermost else s.logit_bias for s in self.stages()]
         self.to(dtype)
-        for stage in self.stages():
+        for stage, bias in zip(self.stages(), biases, strict=True):
             if not stage.innermost:
                 stage.residual_proj.float()
+                stage.logit_bias = bias
         return self
 
     def stages(self) -> Iterator[HNet]:
@@ -120,8 +124,23 @@ class HNetForCausalLM(nn.Module):
                 cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=flat.device)
             max_seqlen = L
         pack = Pack(cu_seqlens, flat.shape[0], max_seqlen)
-        x, routing = self.backbone(self.embeddings(flat), pack, max_chunks)
+        x, routing = self.backbone(self.embeddings(flat), pack, max_chunks, input_ids=flat)
         return CausalLMOutput(self.lm_head(x).view(*input_ids.shape, -1), routing)
+
+    def current_config(self) -> HNetConfig:
+        """The config with the logit biases as they are now."""
+        biases = [s.logit_bias for s in self.stages() if not s.innermost]
+        if all(b is None for b in biases):
+            return self.config
+        values = [0.0 if b is None else b.item() for b in biases]
+        return replace(self.config, routing_cfg=replace(self.config.routing_cfg, logit_bias=values))
+
+    def set_dropout(self, p: float) -> HNetForCausalLM:
+        """Drop this share of every mixer's and MLP's output while training. Returns self."""
+        for m in self.modules():
+            if isinstance(m, Block):
+                m.dropout = p
+        return self
 
     # --- decoding -------------------------------------------------------------------------------------------------
 
@@ -152,7 +171,7 @@ class HNetForCausalLM(nn.Module):
         if len(slots) != len(lengths) or int(slots.max()) >= len(cache.length):
             raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {len(cache.length)}")
         pack = Pack(cu_seqlens, input_ids.shape[0])
-        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, slots)
+        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, slots, input_ids)
         cache.length[slots] = lengths.long()
         return CausalLMOutput(self.lm_head(x), routing)
 
@@ -175,7 +194,7 @@ class HNetForCausalLM(nn.Module):
             )
         if int(cache.length[slots].max()) >= cache.max_length:
             raise ValueError(f"a slot has reached the cache's max_length, {cache.max_length}")
-        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, slots)
+        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, slots, input_ids)
         cache.length[slots] += 1
         return self.lm_head(x), masks
 

@@ -35,7 +35,7 @@ def save_pretrained(model: HNetForCausalLM, directory: str | Path) -> None:
     save_file(state, str(partial), metadata={"format": "pt"})
     os.replace(partial, directory / WEIGHTS)
     partial = directory / (CONFIG + ".partial")
-    model.config.to_json(partial)
+    model.current_config().to_json(partial)
     os.replace(partial, directory / CONFIG)
 
 

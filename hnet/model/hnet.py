@@ -47,7 +47,16 @@ class HNet(nn.Module):
             self.decoder = Isotropic(layouts[1], config, stage)
             self.routing_module = RoutingModule(d_model)
             self.residual_proj = nn.Linear(d_model, d_model)  # fp32 whatever the rest is
+            self.boundaries = config.routing_cfg.boundaries if stage == 0 else "any"
+            self.logit_bias: Tensor | None
+            self.register_buffer("logit_bias", None, persistent=False)
+            if (bias := config.routing_cfg.logit_bias) is not None:
+                self.set_logit_bias(bias[stage])
         self.pad_dimension = nn.Parameter(torch.zeros(d_model - outside)) if d_model > outside else None
+
+    def set_logit_bias(self, bias: float) -> None:
+        """Moves the rate of boundaries; kept in the config, not among the weights."""
+        self.logit_bias = torch.tensor(bias, dtype=torch.float32, device=self.residual_proj.weight.device)
 
     def _widen(self, x: Tensor) -> Tensor:
         if self.pad_dimension is None:
@@ -65,7 +74,9 @@ class HNet(nn.Module):
         max_chunks: list[int] | None = None,
         cache: StageCache | None = None,
         slots: Tensor | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[hk.Routing]]:
+        """input_ids (T,): the bytes of the outermost stage, asked for where boundaries keep to characters."""
         width = x.shape[-1]
         x = self._widen(x)
         if self.innermost:
@@ -75,17 +86,25 @@ class HNet(nn.Module):
         residual = self._residual(x)
         q, k = self.routing_module.q_proj_layer(x), self.routing_module.k_proj_layer(x)
         budget = None if max_chunks is None else max_chunks[self.stage]
-        r = hk.route(q, k, pack.cu_seqlens, max_chunks=budget, padded=max_chunks is not None and self.stage > 0)
+        r = hk.route(
+            q, k, pack.cu_seqlens, logit_bias=self.logit_bias,
+            candidates=None if self.boundaries == "any" else candidates(self.boundaries, input_ids, pack),
+            max_chunks=budget, padded=max_chunks is not None and self.stage > 0,
+        )  # fmt: skip
         z = hk.pool(x, r)
         inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen, padded=budget is not None)
         z, routings = self.main_network(z, inner, max_chunks, cache and cache.inner, slots)
         y = hk.dechunk(z, r, residual)
         if cache is not None and cache.route is not None and slots is not None:
             remember(cache.route, q, z, r, pack, slots)
+            if self.boundaries == "char-end" and input_ids is not None:
+                cache.route.tail[slots] = last_bytes(input_ids, pack)
         x = self.decoder(y, pack, cache and cache.decoder, slots)
         return x[:, :width], [r, *routings]
 
-    def step(self, x: Tensor, cache: StageCache, slots: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def step(
+        self, x: Tensor, cache: StageCache, slots: Tensor, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """One new position for each slot: x (n, width). Also returns each stage's boundary mask (of its own rows)."""
         width = x.shape[-1]
         x = self._widen(x)
@@ -97,7 +116,15 @@ class HNet(nn.Module):
         x = self.encoder.step(x, cache.layers, slots)
         residual = self._residual(x)
         q, k = self.routing_module.q_proj_layer(x), self.routing_module.k_proj_layer(x)
-        prob, mask, _ = hk.route_step(state.q_last[slots].to(q.dtype), k, is_first=~state.seen[slots])
+        allowed = None
+        if self.boundaries != "any" and input_ids is not None:
+            recent = torch.cat([state.tail[slots], input_ids[:, None].to(torch.uint8)], 1)
+            allowed = starts_character(recent[:, 3]) if self.boundaries == "char-start" else ends_character(recent)
+            state.tail[slots] = recent[:, 1:]
+        prob, mask, _ = hk.route_step(
+            state.q_last[slots].to(q.dtype), k, is_first=~state.seen[slots], logit_bias=self.logit_bias,
+            candidates=allowed,
+        )  # fmt: skip
         state.q_last[slots] = q.to(state.q_last.dtype)
         state.seen[slots] = True
 
@@ -118,9 +145,50 @@ class HNet(nn.Module):
             w.new_zeros(batch, d),
             torch.zeros(batch, dtype=torch.bool, device=w.device),
             w.new_zeros(batch, d, dtype=torch.float32),
+            torch.zeros(batch, 3, dtype=torch.uint8, device=w.device),
         )
         decoder = self.decoder.allocate_cache(batch, max_length)
         return StageCache(self.encoder.allocate_cache(batch, max_length), decoder, route, inner)
+
+
+# --- boundaries between characters -----------------------------------------------------------------------------------
+
+
+def candidates(boundaries: str, input_ids: Tensor | None, pack: Pack) -> Tensor:
+    """(T,) bool: first bytes of UTF-8 characters, or last bytes (known from the lead byte, so causal)."""
+    if input_ids is None:
+        raise ValueError(f"boundaries {boundaries!r} need input_ids")
+    if boundaries == "char-start":
+        return starts_character(input_ids)
+    return ends_character(recent_bytes(input_ids, pack))
+
+
+def starts_character(byte: Tensor) -> Tensor:
+    return (byte & 0xC0) != 0x80
+
+
+def ends_character(recent: Tensor) -> Tensor:
+    """recent (n, 4): a byte and the three before it (0 before a sequence begins). BOS and EOS end what they are."""
+    d, c, b, a = recent.unbind(1)
+    inner = [(x & 0xC0) == 0x80 for x in (a, b, c)]
+    two = inner[0] & ((b & 0xE0) == 0xC0)
+    three = inner[0] & inner[1] & ((c & 0xF0) == 0xE0)
+    four = inner[0] & inner[1] & inner[2] & ((d & 0xF8) == 0xF0)
+    return (a < 0x80) | (a >= 0xF8) | two | three | four
+
+
+def recent_bytes(input_ids: Tensor, pack: Pack) -> Tensor:
+    """(T, 4): the three bytes before each position in its sequence, and its own."""
+    columns = []
+    for back in (3, 2, 1):
+        shifted = torch.cat([input_ids.new_zeros(back), input_ids[:-back]])[: len(input_ids)]
+        columns.append(torch.where(pack.position >= back, shifted, 0))
+    return torch.stack([*columns, input_ids], 1)
+
+
+def last_bytes(input_ids: Tensor, pack: Pack) -> Tensor:
+    """(N, 3) uint8: the last three bytes of every sequence"""
+    return recent_bytes(input_ids, pack)[pack.cu_seqlens[1:].long() - 1, 1:].to(torch.uint8)
 
 
 def remember(cache: RouteCache, q: Tensor, z: Tensor, r: hk.Routing, pack: Pack, slots: Tensor) -> None:

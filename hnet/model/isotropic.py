@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hnet.config import HNetConfig, parse_layout
 
@@ -36,16 +38,20 @@ class Block(nn.Module):
         self.mixer: Any = make_mixer(letter, config, stage)
         self.norm2 = RMSNorm(d_model) if letter.isupper() else None
         self.mlp = SwiGLU(d_model, config.d_intermediate[stage]) if letter.isupper() else None
+        self.dropout = 0.0
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self.mlp is None or self.norm2 is None:
             return x, residual
         x, residual = self.norm2(x, residual)
-        return self.mlp(x), residual
+        return self._drop(self.mlp(x)), residual
 
     def forward(self, x: Tensor, residual: Tensor | None, pack: Pack, cache=None, slots=None) -> tuple[Tensor, Tensor]:
         x, residual = self.norm1(x, residual)
-        return self._mlp(self.mixer(x, pack, cache, slots), residual)
+        return self._mlp(self._drop(self.mixer(x, pack, cache, slots)), residual)
 
     def step(self, x: Tensor, residual: Tensor | None, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         x, residual = self.norm1(x, residual)
@@ -60,6 +66,7 @@ class Isotropic(nn.Module):
         letters = [letter for letter, count in parse_layout(layout) for _ in range(count)]
         self.layers: Any = nn.ModuleList(Block(letter, config, stage) for letter in letters)
         self.rmsnorm = RMSNorm(config.d_model[stage])
+        self.recompute = False
         self.num_residuals = sum(2 if letter.isupper() else 1 for letter in letters)
 
     def forward(
@@ -67,7 +74,10 @@ class Isotropic(nn.Module):
     ) -> Tensor:
         residual = None
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, pack, None if cache is None else cache[i], slots)
+            if self.recompute and self.training:  # in the backward, instead of keeping what it computes
+                x, residual = checkpoint(layer, x, residual, pack, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, pack, None if cache is None else cache[i], slots)
         return self.rmsnorm(x, residual)[0]
 
     def step(self, x: Tensor, cache: list[LayerCache], slots: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ LOG_SECONDS = 15.0
 
 
 class TrainConsole:
-    def __init__(self, steps: int, done: int) -> None:
-        self.console = Console(highlight=False)
+    def __init__(self, steps: int, done: int, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, quiet=quiet)
         self.steps = steps
         self.live = self.console.is_terminal
         self.progress = Progress(
@@ -32,6 +32,9 @@ class TrainConsole:
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False)
+
+    def event(self, step: int, message: str) -> None:
+        self.progress.console.print(f"step {step}: {message}", markup=False, style="yellow")
 
     def update(self, row: dict[str, Any]) -> None:
         chunks = ", ".join(f"{v:.2f}" for k, v in row.items() if k.endswith("/bytes_per_chunk"))

@@ -1,150 +1,322 @@
-"""The training loop."""
+"""The training loop: one step, one finished row, evaluation, saving; the same for every task."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import math
 import signal
 import time
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 import hnet_kernels as hk
 from hnet.data.corpus import Corpus, read_corpus
-from hnet.data.packing import Batch, PackStream, eval_batches
-from hnet.model.causal_lm import HNetForCausalLM
 
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from . import checkpoint, distributed
+from .clipping import Clipper
 from .config import TrainConfig
 from .console import TrainConsole
-from .losses import Losses, losses
-from .metrics import MetricsFile, truncate_metrics
-from .optim import Optimizers, stage_parameters
-from .schedule import lr_factor
+from .guards import Event, Guards, RunFailed
+from .metrics import MetricsFile, Reading, truncate_metrics
+from .optim import Optimizers
+from .schedule import Plateau, Schedule
+from .stopping import EarlyStopping
+from .task import HNetTask
+from .weight_ema import WeightEMA
+
+
+@dataclasses.dataclass
+class Pending:
+    """A step that was launched; its numbers may still be on the device."""
+
+    step: int
+    row: dict[str, Any]
+    reading: Reading
 
 
 class Trainer:
-    """A run: model, data, optimiser and their joint state. `train()` runs it to the end."""
+    """A run: task, optimiser, schedule, guards and their joint state. `train()` runs it to the end.
 
-    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+    Args:
+        config: validated here, before anything is written.
+        resume: False; True or "latest" for the latest checkpoint of config.out; or the path of one.
+        make_task: builds what is trained. Default: an H-Net.
+    """
+
+    def __init__(
+        self, config: TrainConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
+    ) -> None:
         self.config = config.validate()
         self.out = Path(config.out)
         self.device = pick_device(config.device)
+        self.world = distributed.join(self.device.type)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.world.local_rank)
+        micro = config.accumulation * self.world.size
+        if config.batch_bytes % micro:
+            raise ValueError(
+                f"batch_bytes must be a multiple of accumulation x processes = {micro}, got {config.batch_bytes}"
+            )
         self.autocast_dtype = pick_autocast(config.dtype, self.device)
         if self.device.type == "cpu":
             hk.keep_memory()
-        train, self.val = read_data(config)
-        self.stream = PackStream(train, config.seq_len, config.batch_bytes, config.seed)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.model = HNetForCausalLM(config.model(), device=self.device)
+        self.task = (make_task or make_hnet_task)(config, self.device, self.autocast, self.world)
+        self.model = self.task.model
         self.optimizers = Optimizers(self.model, config)
-        self.stages = stage_parameters(self.model)
+        self.clipper = Clipper(config, self.task.stages, self.device)
+        self.schedule = make_schedule(config)
+        self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
+        self.guards = Guards(warmup=config.warmup, max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor)
+        self.stopping = EarlyStopping(config.patience, config.min_delta, config.stop_smoothing)
+        self.ema = WeightEMA(self.model, config.weight_ema) if config.weight_ema else None
+        self.background = checkpoint.Background()
         self.step = self.bytes = 0
         self.seconds = 0.0
+        self.stop = False
+        torch.manual_seed(config.seed + 7919 * self.world.rank)
         if resume:
-            self._load(latest_checkpoint(self.out / "checkpoints"))
+            root = self.out / "checkpoints"
+            self._load(checkpoint.latest_checkpoint(root) if resume in (True, "latest") else Path(str(resume)))
         elif (self.out / "metrics.jsonl").exists():
             raise FileExistsError(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
-        self.stop = False
+        self.replica = distributed.replicate(self.model, config, self.world)
 
-    # --- one step -------------------------------------------------------------------------------------------------
-
-    def _autocast(self):
+    def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def _losses(self, batch: Batch) -> Losses:
-        with self._autocast():
-            out = self.model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen)
-        return losses(out.logits, batch.targets, out.routing, self.config.compression, self.config.ratio_weight)
+    # --- one step -------------------------------------------------------------------------------------------------
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimiser step; returns its line of metrics.jsonl."""
+    def launch(self) -> Pending:
+        """Queue one optimiser step; waits for the device nowhere."""
         c, begin = self.config, time.perf_counter()
-        batch = next(self.stream).to(self.device)
-        result = self._losses(batch)
-        result.loss.backward()
-        norms = [norm(p) for p in self.stages]
-        total = norm_of(norms)
-        if c.max_grad_norm:
-            clip(self.model, total, c.max_grad_norm)
-        factor = lr_factor(self.step, c.steps, c.schedule, c.warmup_steps, c.decay_fraction, c.min_lr)
+        batches = [next(self.task.stream).to(self.device) for _ in range(c.accumulation)]
+        waited = time.perf_counter() - begin
+        mine = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
+        means: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            share = batch.num_targets / mine
+            with distributed.accumulating(self.replica, i < len(batches) - 1):
+                loss, scalars = self.task.loss(self.replica, batch, self.step)
+                (loss * share).backward()
+            for name, value in {"loss": loss, **scalars}.items():
+                value = value.detach().float() * share
+                means[name] = means[name] + value if name in means else value
+        vector = torch.stack(list(means.values()))
+        if self.world.size > 1:
+            vector = distributed.add_up(vector, self.world) / self.world.size
+            means = dict(zip(means, vector.unbind(), strict=True))
+        norms = self.clipper.clip()
+        total = torch.linalg.vector_norm(norms)
+        factor = self.schedule.factor(self.step)
         rates = self.optimizers.set_lr(factor)
-        self.optimizers.step()
+        self.optimizers.step(finite=torch.isfinite(total) & torch.isfinite(means["loss"]))
         self.optimizers.zero_grad()
+        if self.ema is not None:
+            self.ema.update()
+        self.task.after_step(self.step, means)
         self.step += 1
-        self.bytes += batch.num_targets
-        ce = result.ce.item()
+        self.bytes += mine * self.world.size
         took = time.perf_counter() - begin
         self.seconds += took
         row = {
-            "step": self.step, "bytes": self.bytes, "time": self.seconds, "loss": result.loss.item(), "ce": ce,
-            "bpb": ce / math.log(2), "ratio_loss": result.ratio_loss.item(), "grad_norm": total.item(),
-            "lr": c.learning_rate * factor, "bytes_per_second": batch.num_targets / took,
+            "step": self.step, "bytes": self.bytes, "time": self.seconds, "lr": c.learning_rate * factor,
+            "bytes_per_second": mine * self.world.size / took, "data_wait": waited / took,
+            **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
-        for i, (s, target) in enumerate(zip(result.stages, c.compression, strict=True)):
-            row |= {
-                f"stage{i}/F": s.F.item(), f"stage{i}/G": s.G.item(), f"stage{i}/target": target,
-                f"stage{i}/bytes_per_chunk": batch.num_targets / max(s.chunks.item(), 1),
-                f"stage{i}/ratio_loss": s.ratio_loss.item(),
-            }  # fmt: skip
-        for i, n in enumerate(norms):
-            row |= {f"stage{i}/grad_norm": n.item(), f"stage{i}/lr": rates.get(i, 0.0)}
+        stopping = torch.tensor(float(self.stop), device=self.device)
+        names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "stop"]
+        values = torch.cat([vector, norms, total[None], distributed.add_up(stopping, self.world)[None]])
+        return Pending(self.step, row, Reading(names, values))
+
+    def finish(self, pending: Pending) -> dict[str, Any]:
+        """The line of metrics.jsonl of a step, once its numbers have arrived."""
+        means = pending.reading.read()
+        self.stop = self.stop or means.pop("stop") > 0
+        row = {**pending.row, "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2)}
+        row |= self.task.row(pending.step - 1, means)
+        row |= {k: v for k, v in means.items() if k.endswith("grad_norm")}
+        if self.device.type == "cuda":
+            row["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
         return row
 
-    @torch.no_grad()
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns its line of metrics.jsonl."""
+        return self.finish(self.launch())
+
+    def react(self, row: dict[str, Any]) -> list[Event]:
+        """What a finished row sets off: guards, plateaus, the task's own curriculum."""
+        c, events = self.config, self.guards.check(row)
+        if not math.isfinite(row["loss"]):
+            return events
+        events += self.task.observe(row)
+        if any(e.name == "cutoff_raised" for e in events) and c.schedule == "restarts":
+            self.schedule.restart(self.step)
+        if c.schedule == "plateau" or c.restart_on_plateau:
+            self.plateau.observe(row["ce"])
+            if row["step"] > c.warmup and self.plateau.fires():
+                self.plateau.clear()
+                if c.schedule == "plateau":
+                    self.schedule.drop()
+                    events.append(
+                        Event("lr_drop", f"plateau: the learning rate drops to {self.schedule.drops:g} of its peak")
+                    )
+                else:
+                    self.schedule.restart(self.step)
+                    events.append(Event("lr_restart", "plateau: the learning rate returns to its peak"))
+        return events
+
     def evaluate(self) -> dict[str, float]:
-        """Held-out cross entropy (nats a target) and bits per byte."""
-        self.model.eval()
-        nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
-        for batch in eval_batches(self.val, self.config.seq_len, self.config.batch_bytes, self.config.eval_bytes):
-            nats += self._losses(batch.to(self.device)).ce.double() * batch.num_targets
-            count += batch.num_targets
-        self.model.train()
-        ce = nats.item() / count
-        return {"val_ce": ce, "val_bpb": ce / math.log(2)}
+        """Held-out cross entropy (nats a target) and bits per byte; with weight_ema also those of the average."""
+        result = self.task.evaluate(self.replica)
+        if self.ema is not None:
+            with self.ema.applied():
+                result |= {f"ema_{k}": v for k, v in self.task.evaluate(self.replica).items() if k.startswith("val_")}
+        return result
 
     # --- the run --------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        """Run to the last step, or to Ctrl-C; either way the last state is saved. Returns the last evaluation."""
+        """Run to the last step, to early stopping, or to Ctrl-C; the last state is saved. Returns the last evaluation.
+
+        Raises:
+            RunFailed: given up (non-finite steps in a row), or out of memory; with advice.
+            OSError: the last checkpoint could not be written.
+        """
         c = self.config
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "samples").mkdir(exist_ok=True)
-        (self.out / "config.toml").write_text(c.to_toml())
-        truncate_metrics(self.out / "metrics.jsonl", self.step)
-        metrics = MetricsFile(self.out / "metrics.jsonl")
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        metrics = self._open()
+        before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
         result: dict[str, float] = {}
+        profiler = self._profiler()
         try:
-            with TrainConsole(c.steps, self.step) as console:
+            with TrainConsole(c.steps, self.step, quiet=not self.world.main) as console:
+                self.console, self.metrics = console, metrics
                 if self.step == 0:
                     result = self.evaluate()
-                    metrics.write({"step": 0, "bytes": 0, "time": 0.0, **result})
+                    self._write({"step": 0, "bytes": 0, "time": 0.0, **result})
                     console.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
+                queue: deque[Pending] = deque()
                 while self.step < c.steps and not self.stop:
-                    row = self.train_step()
+                    queue.append(self.launch())
+                    if profiler is not None:
+                        profiler.step()
                     last = self.step == c.steps
-                    if last or self.step % c.eval_every == 0:
-                        result = self.evaluate()
-                        row |= result
-                        console.say(f"step {self.step}: held-out bits per byte {result['val_bpb']:.3f}")
-                    if last or self.step % c.log_every == 0 or "val_bpb" in row:
-                        metrics.write(row)
-                    console.update(row)
-                    if last or self.stop or self.step % c.checkpoint_every == 0:
-                        self.save()
+                    evaluating = last or self.step % c.eval_every == 0
+                    saving = last or self.step % c.checkpoint_every == 0
+                    behind = 1 if self.device.type == "cuda" and not (evaluating or saving) else 0
+                    while len(queue) > behind:
+                        row = self.finish(queue.popleft())
+                        events = self.react(row)
+                        if evaluating and not queue:
+                            result = self.evaluate()
+                            row |= result
+                        self._report(row, events)
+                        self._act(events)
+                    if evaluating:
+                        self._after_evaluation(result)
+                    if saving or self.stop or self.stopping.best_step == self.step:
+                        self._save_and_report(result if evaluating else None, last=last or self.stop)
+                while queue:
+                    row = self.finish(queue.popleft())
+                    self._report(row, self.react(row))
+                self.background.wait()
                 if self.stop and self.step < c.steps:
                     console.say(f"stopped at step {self.step}; saved. Go on with: hnet train --resume --out {self.out}")
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            message = f"out of memory at step {self.step}: lower batch_bytes or raise accumulation, or use recompute"
+            self._write({"step": self.step, "event": "out_of_memory", "message": message})
+            raise RunFailed(message) from None
         finally:
-            signal.signal(signal.SIGINT, before)
-            metrics.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+            if profiler is not None:
+                profiler.__exit__(None, None, None)
+            if metrics is not None:
+                metrics.close()
+        if c.plots and self.world.main:
+            from .plots import plot_run
+
+            plot_run(self.out)
         return result
+
+    def _open(self) -> MetricsFile | None:
+        if not self.world.main:
+            return None
+        c = self.config
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        (self.out / "config.toml").write_text(c.to_toml())
+        truncate_metrics(self.out / "metrics.jsonl", self.step)
+        return MetricsFile(
+            self.out / "metrics.jsonl", tensorboard=c.tensorboard, wandb=c.wandb, config=dataclasses.asdict(c)
+        )
+
+    def _profiler(self):
+        if not self.config.profile or not self.world.main:
+            return None
+        schedule = torch.profiler.schedule(wait=9, warmup=1, active=self.config.profile, repeat=1)
+        profiler = torch.profiler.profile(
+            schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(self.out / "trace.json"))
+        )
+        return profiler.__enter__()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+
+    def _report(self, row: dict[str, Any], events: list[Event]) -> None:
+        c = self.config
+        for e in events:
+            self._write({"step": row["step"], "event": e.name, "message": e.message})
+            self.console.event(row["step"], e.message)
+        if row["step"] == c.steps or row["step"] % c.log_every == 0 or "val_bpb" in row or self.stop:
+            self._write(row)
+        if "val_bpb" in row:
+            self.console.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
+        self.console.update(row)
+
+    def _act(self, events: list[Event]) -> None:
+        for e in events:
+            if e.action == "abort":
+                raise RunFailed(f"step {self.step}: {e.message}")
+            if e.action == "rollback" and self.config.spike_rollback:
+                self._rollback()
+
+    def _rollback(self) -> None:
+        """Weights and optimiser back to the last checkpoint; steps and data go on, past what caused the spike."""
+        self.background.wait()
+        distributed.barrier(self.world)
+        found = checkpoint.list_checkpoints(self.out / "checkpoints")
+        if not found:
+            return
+        self._load_model(found[-1], checkpoint.load_trainer(found[-1]))
+        self.schedule.cut *= self.config.spike_lr_cut
+        message = f"rolled back to the weights of {found[-1].name}; learning rate x {self.schedule.cut:g}"
+        self._write({"step": self.step, "event": "rollback", "message": message})
+        self.console.event(self.step, message)
+
+    def _after_evaluation(self, result: dict[str, float]) -> None:
+        if self.config.sample_bytes and self.world.main and not distributed.sharded(self.model):
+            (self.out / "samples" / f"step_{self.step:08d}.txt").write_text(self.task.sample())
+        self.stopping.observe(self.step, result["val_ce"])
+        if self.stopping.stop and self.step < self.config.steps:
+            message = f"early stop: no better validation cross entropy in {self.config.patience} evaluations"
+            self._write({"step": self.step, "event": "early_stop", "message": message})
+            self.console.event(self.step, message)
+            self.stop = True
 
     def _interrupt(self, *_: object) -> None:
         if self.stop:  # a second Ctrl-C does not wait for the step to end
@@ -154,18 +326,78 @@ class Trainer:
     # --- state ----------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        state = {
+        """A checkpoint of now. With async_checkpoints it is complete after `background.wait()`."""
+        root, step, keep = self.out / "checkpoints", self.step, self.config.keep_checkpoints
+        write = distributed.snapshot(self.model, self._state(), self.ema, copy=self.config.async_checkpoints)
+        best = self.stopping.best_step == step
+        about = {"config": dataclasses.asdict(self.config), "processes": self.world.size}
+
+        def job() -> None:
+            path = checkpoint.save_checkpoint(root, step, write, about, keep)
+            if best:
+                checkpoint.mark_best(path)
+
+        if self.world.main:
+            if self.config.async_checkpoints:
+                self.background.start(job)
+            else:
+                job()
+        return root / f"step_{step:08d}"
+
+    def _save_and_report(self, result: dict[str, float] | None, last: bool) -> None:
+        """Save; a full disk costs this checkpoint, not the run, unless it is the last."""
+        try:
+            self.save()
+            if last:
+                self.background.wait()
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = f"checkpoint of step {self.step} not written ({e.strerror}); the one before it is intact"
+            self.console.event(self.step, message)
+            with suppress(OSError):  # the same disk
+                self._write({"step": self.step, "event": "disk_full", "message": message})
+            if last:
+                raise
+
+    def _state(self) -> dict[str, Any]:
+        rng = torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
             "step": self.step, "bytes": self.bytes, "seconds": self.seconds, "optimizers": self.optimizers.state_dict(),
-            "data": self.stream.state_dict(), "rng": torch.get_rng_state(),
+            "data": self.task.stream.state_dict(), "rng": distributed.gather((rng, cuda), self.world),
+            "schedule": self.schedule.state_dict(), "plateau": self.plateau.state_dict(),
+            "guards": self.guards.state_dict(), "stopping": self.stopping.state_dict(),
+            "clipper": self.clipper.state_dict(), "task": self.task.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
         }  # fmt: skip
-        return save_checkpoint(self.out / "checkpoints", self.step, self.model, state, self.config.keep_checkpoints)
+
+    def _load_model(self, path: Path, state: dict[str, Any]) -> None:
+        self.task.load_weights(checkpoint.load_weights(path), path)
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.task.load_state_dict(state["task"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
 
     def _load(self, path: Path) -> None:
-        state = load_checkpoint(path, self.model)
+        state = checkpoint.load_trainer(path)
+        self._load_model(path, state)
         self.step, self.bytes, self.seconds = state["step"], state["bytes"], state["seconds"]
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.stream.load_state_dict(state["data"])
-        torch.set_rng_state(state["rng"])
+        self.task.stream.load_state_dict(state["data"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.guards.load_state_dict(state["guards"])
+        self.stopping.load_state_dict(state["stopping"])
+        self.clipper.load_state_dict(state["clipper"])
+        if self.world.rank < len(state["rng"]):  # more processes than before: the new ones keep their own seed
+            rng, cuda = state["rng"][self.world.rank]
+            torch.set_rng_state(rng)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+
+
+def make_hnet_task(config: TrainConfig, device: torch.device, autocast: Callable, world: distributed.World) -> HNetTask:
+    return HNetTask(config, read_data(config), device, autocast, world)
 
 
 def read_data(config: TrainConfig) -> tuple[Corpus, Corpus]:
@@ -174,6 +406,14 @@ def read_data(config: TrainConfig) -> tuple[Corpus, Corpus]:
     if config.val_data:
         return train, read_corpus(config.val_data, config.pattern, config.exclude)
     return train.split(config.val_fraction, config.seed)
+
+
+def make_schedule(c: TrainConfig) -> Schedule:
+    return Schedule(
+        c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
+        min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,
+        plateau_factor=c.plateau_factor,
+    )  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:
@@ -191,17 +431,5 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bf16" else None
 
 
-def norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """() fp32: 2-norm of the gradients"""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return norm_of(torch._foreach_norm(grads)) if grads else torch.zeros(())
-
-
-def norm_of(norms: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
-
-
-def clip(model: nn.Module, total: torch.Tensor, limit: float) -> None:
-    """Scale all gradients so that their norm is at most `limit`; no host sync."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(grads, (limit / (total + 1e-6)).clamp(max=1.0))
+def out_of_memory(e: BaseException) -> bool:
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,29 +12,47 @@ import hnet_kernels as hk
 
 
 class StageStats(NamedTuple):
-    """One stage with routing, all () fp32 on the device."""
+    """One stage with routing, all () on the device."""
 
     F: Tensor  # share of positions that are boundaries
     G: Tensor  # mean boundary probability
     ratio_loss: Tensor
     chunks: Tensor
+    sequences: Tensor  # that are not empty
+    dropped: Tensor  # boundaries past the budget
 
 
 class Losses(NamedTuple):
-    loss: Tensor
-    ce: Tensor  # nats a target
+    loss: Tensor  # to minimise
+    ce: Tensor  # nats a target, without label smoothing
     ratio_loss: Tensor  # sum over the stages, unweighted
     stages: list[StageStats]
 
 
 def losses(
-    logits: Tensor, targets: Tensor, routing: list[hk.Routing], compression: list[float], weight: float
+    logits: Tensor,
+    targets: Tensor,
+    routing: list[hk.Routing],
+    compression: list[float],
+    weights: Tensor,
+    *,
+    reduction: str = "batch",
+    straight_through: bool = False,
+    label_smoothing: float = 0.0,
 ) -> Losses:
-    """logits (T, vocab), targets (T,) int64; one target ratio for each Routing."""
-    ce = F.cross_entropy(logits.float(), targets)
+    """logits (T, vocab), targets (T,) int64; a target ratio for each Routing; weights (stages,) of the ratio losses."""
+    logits = logits.float()
+    ce = F.cross_entropy(logits, targets)
+    loss = ce
+    if label_smoothing:
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     stages = []
     for r, n in zip(routing, compression, strict=True):
         share, mean = hk.boundary_fractions(r)
-        stages.append(StageStats(share, mean.detach(), hk.ratio_loss(r, n), r.num_chunks.float()))
-    ratio = sum((s.ratio_loss for s in stages), start=ce.new_zeros(()))
-    return Losses(ce + weight * ratio, ce, ratio, stages)
+        ratio = hk.ratio_loss(r, n, reduction=reduction, straight_through=straight_through)
+        sequences = (r.cu_seqlens.diff() > 0).sum()
+        stages.append(StageStats(share, mean.detach(), ratio, r.num_chunks, sequences, r.num_dropped))
+    ratios = [s.ratio_loss for s in stages]
+    if ratios:
+        loss = loss + torch.dot(weights, torch.stack(ratios))
+    return Losses(loss, ce, sum(ratios, start=ce.new_zeros(())), stages)

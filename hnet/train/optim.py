@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hnet.architecture import lr_multipliers
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.mamba2 import Mamba2
 
@@ -20,9 +21,9 @@ def stage_of(name: str) -> int:
     return depth - 1 if "main_network.layers." in name or "main_network.rmsnorm." in name else depth
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices decay; norms, biases, embeddings, convolutions and Mamba's A_log, D, dt_bias do not."""
-    return parameter.dim() == 2 and not name.startswith("embeddings.")
+def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
+    """Matrices decay; norms, biases, convolutions and Mamba's A_log, D, dt_bias do not; embeddings if asked for."""
+    return parameter.dim() == 2 and (embeddings or not name.startswith("embeddings."))
 
 
 def muon_parameters(model: HNetForCausalLM) -> set[int]:
@@ -38,10 +39,14 @@ class Optimizers:
 
     def __init__(self, model: HNetForCausalLM, config: TrainConfig) -> None:
         multipliers = config.lr_multipliers or [1.0] * model.config.num_stages
+        if isinstance(multipliers, str):
+            multipliers = lr_multipliers(model.config, config.compression)
         groups: dict[tuple, list[nn.Parameter]] = {}
         for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
         for name, p in model.named_parameters():
-            groups.setdefault((id(p) in for_muon, stage_of(name), decays(name, p)), []).append(p)
+            groups.setdefault((id(p) in for_muon, stage_of(name), decays(name, p, config.decay_embeddings)), []).append(
+                p
+            )
         adam: list[dict] = []
         muon: list[dict] = []
         for (is_muon, stage, decay), params in groups.items():
@@ -62,8 +67,20 @@ class Optimizers:
                 group["lr"] = group["peak"] * factor
         return {g["stage"]: g["lr"] for g in self.parts[0].param_groups}
 
-    def step(self) -> None:
+    def step(self, finite: Tensor) -> None:
+        """One update, or none at all where `finite` () bool is false: on a CPU by looking, on a GPU without waiting.
+        (There Muon, which cannot skip, sees a zero gradient.)"""
+        if not finite.is_cuda:
+            if finite:
+                for part in self.parts:
+                    part.step()
+            return
         for part in self.parts:
+            if isinstance(part, torch.optim.AdamW):
+                part.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            else:
+                for p in (p for g in part.param_groups for p in g["params"] if p.grad is not None):
+                    p.grad = torch.where(finite, p.grad, 0)
             part.step()
 
     def zero_grad(self) -> None:

@@ -1,20 +1,125 @@
-"""Learning rate over the steps."""
+"""Learning rate over the steps, and the plateau rule that moves it (and the target ratio, and ChunkLM's cutoff)."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 
-def lr_factor(step: int, steps: int, schedule: str, warmup_steps: int, decay_fraction: float, min_lr: float) -> float:
-    """Fraction of the peak learning rate at `step` (0-based) of `steps`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    after = max(steps - warmup_steps, 1)
-    progress = min((step - warmup_steps) / after, 1.0)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "cosine":
-        return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    left = steps - step
-    decay = max(decay_fraction * steps, 1e-9)
-    return min_lr + (1 - min_lr) * min(1.0, left / decay)
+def cosine(progress: float, low: float) -> float:
+    """1 at progress 0, `low` at 1"""
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda progress, low: low + (1 - low) * (1 - progress),
+    "inverse-sqrt": lambda progress, low: low + (1 - low) * (1 - math.sqrt(progress)),
+    "cosine": cosine,
+}
+
+
+def check_restarts(at: list[float], low: list[float]) -> None:
+    """Raises ValueError unless stages begin at 0, rise below 1, and each has an end value in [0, 1]."""
+    if not at or at[0] != 0 or any(b <= a for a, b in zip(at, at[1:], strict=False)) or at[-1] >= 1:
+        raise ValueError(f"restart_at must begin with 0 and rise, below 1, got {at}")
+    if len(low) != len(at) or not all(0 <= v <= 1 for v in low):
+        raise ValueError(f"restart_min must have a value in [0, 1] for each of the {len(at)} stages, got {low}")
+
+
+class Plateau:
+    """Fires when the loss has stopped falling: of the last `window` losses, the mean of the second half is less than
+    the share `threshold` below the mean of the first. `clear` begins a new history."""
+
+    def __init__(self, window: int = 50, threshold: float = 0.005) -> None:
+        if window < 2 or not threshold >= 0:
+            raise ValueError(f"window must be at least 2 and threshold >= 0, got {window} and {threshold}")
+        self.window, self.threshold = window, threshold
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def observe(self, loss: float) -> None:
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    def fires(self) -> bool:
+        if len(self.losses) < self.window:
+            return False
+        half = self.window // 2
+        losses = list(self.losses)
+        first, second = sum(losses[:half]) / half, sum(losses[half:]) / (self.window - half)
+        return (first - second) / first < self.threshold
+
+    def clear(self) -> None:
+        self.losses.clear()
+
+    def state_dict(self) -> list[float]:
+        return list(self.losses)
+
+    def load_state_dict(self, state: list[float]) -> None:
+        self.losses = deque(state, maxlen=self.window)
+
+
+class Schedule:
+    """Factor of the peak learning rate at every step. All its state is where the last restart was and what drops and
+    cuts have accumulated.
+
+    kind: wsd, cosine, constant, plateau or restarts, see TrainConfig.  steps: of the whole run.
+    restart_at: first step of every stage of "restarts"; restart_min: where the cosine of each ends.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        steps: int,
+        *,
+        warmup_steps: int = 0,
+        decay_fraction: float = 0.3,
+        decay_shape: str = "linear",
+        min_lr: float = 0.0,
+        restart_at: list[int] | None = None,
+        restart_min: list[float] | None = None,
+        plateau_factor: float = 0.5,
+    ) -> None:
+        self.kind, self.steps, self.warmup_steps, self.min_lr = kind, steps, warmup_steps, min_lr
+        self.decay_fraction, self.decay_shape, self.plateau_factor = decay_fraction, decay_shape, plateau_factor
+        self.restart_at, self.restart_min = restart_at or [0], restart_min or [0.1]
+        self.restarted = 0  # the step of the last restart that something triggered
+        self.drops = 1.0  # of the plateau schedule
+        self.cut = 1.0  # by guards
+
+    def factor(self, step: int) -> float:
+        """For 0-based `step`; the warm-up lasts warmup_steps and reaches the peak at its last."""
+        if step < self.warmup_steps:
+            return self.cut * (step + 1) / self.warmup_steps
+        return self.cut * self._after_warmup(step)
+
+    def _after_warmup(self, step: int) -> float:
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "plateau":
+            return max(self.drops, self.min_lr)
+        if self.kind == "cosine":
+            return cosine((step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1), self.min_lr)
+        if self.kind == "restarts":
+            stage = max(i for i, at in enumerate(self.restart_at) if at <= step)
+            ends = [*self.restart_at[1:], self.steps]
+            begin = max(self.restart_at[stage], self.restarted, self.warmup_steps)
+            return cosine((step - begin) / max(ends[stage] - begin, 1), self.restart_min[stage])
+        decay = self.decay_fraction * self.steps
+        progress = 0.0 if decay == 0 else max(0.0, 1 - (self.steps - step) / decay)
+        return DECAYS[self.decay_shape](min(progress, 1.0), self.min_lr)
+
+    def restart(self, step: int) -> None:
+        """From `step` on: back to the peak, and down again over what is left of the stage ("restarts" only)."""
+        self.restarted = step
+
+    def drop(self) -> None:
+        """At a plateau ("plateau" only)."""
+        self.drops = max(self.drops * self.plateau_factor, self.min_lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"restarted": self.restarted, "drops": self.drops, "cut": self.cut}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restarted, self.drops, self.cut = state["restarted"], state["drops"], state["cut"]

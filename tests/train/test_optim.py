@@ -3,7 +3,6 @@ import pytest
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.train.config import TrainConfig
 from hnet.train.optim import Optimizers, decays, muon_parameters, stage_of, stage_parameters
-from hnet.train.schedule import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +54,3 @@ def test_every_parameter_is_in_exactly_one_group(model):
         o = Optimizers(model, TrainConfig(optimizer=optimizer))
         ids = [id(p) for part in o.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
-
-
-def test_schedules():
-    def at(step, schedule="wsd", **kw):
-        return lr_factor(step, 100, schedule, **{"warmup_steps": 10, "decay_fraction": 0.2, "min_lr": 0.0, **kw})
-
-    assert [at(s) for s in (0, 4, 9, 10, 79, 80)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1])
-    assert at(90) == pytest.approx(0.5)
-    assert at(99) == pytest.approx(0.05)
-    assert at(90, min_lr=0.1) == pytest.approx(0.55)
-    assert at(55, "cosine") == pytest.approx(0.5, abs=0.01)
-    assert at(99, "cosine", min_lr=0.1) == pytest.approx(0.1, abs=0.01)
-    assert at(99, "constant") == 1
-    assert at(0, "constant", warmup_steps=0) == 1

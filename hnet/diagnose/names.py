@@ -1,0 +1,51 @@
+"""Other people's names for what we log."""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = {
+    "step": "step iter iteration global_step it steps update _step trainer/global_step train/global_step num_steps",
+    "loss": "loss train_loss training_loss lm_loss loss/train total_loss train_total_loss train_loss_step "
+    "loss_metrics/global_avg_loss",
+    "ce": "ce ce_loss cross_entropy lm_ce nll train_ce train_ce_loss train_cross_entropy",
+    "bpb": "bpb bits_per_byte train_bpb train_bits_per_byte",
+    "val_ce": "val_ce val_loss loss/val loss/valid val_ce_loss val_cross_entropy",
+    "val_bpb": "val_bpb val_bits_per_byte held-out_bits_per_byte held_out_bits_per_byte",
+    "ratio_loss": "ratio_loss ratio lb_loss load_balancing_loss load_balance_loss train_ratio_loss train_lb_loss",
+    "lr": "lr learning_rate lr_now train_lr train_learning_rate lr-adamw lr/default optim/lr",
+    "grad_norm": "grad_norm gradnorm norm gnorm gradient_norm total_norm train_grad_norm optim/grad_norm",
+    "bytes_per_second": "bytes_per_second bytes_per_sec bytes/s bytes/sec",
+    "tokens_per_second": "tokens_per_second tokens_per_sec tok/sec tok/s tokens/s tokens/sec tps wps throughput(tps) "
+    "train_tokens_per_second throughput",
+    "step_ms": "step_ms dt step_time_ms",
+    "epoch": "epoch train_epoch",
+    "epoch_loss": "avg_loss epoch_loss",
+    "cutoff": "cutoff",
+    "stage0/F": "boundary_rate boundary_fraction train_boundary_rate",
+    "stage0/G": "boundary_prob mean_boundary_prob",
+    "stage0/bytes_per_chunk": "bytes_per_chunk bytes/chunk avg_chunk_len avg_chunk_length chunk_len compression_ratio "
+    "bpc_chunk",
+    "data_wait_share": "data_wait_share data_share data_wait_fraction",
+    "data_wait": "data_wait data_wait_seconds data_time data_seconds data_loading_time",
+}
+_CANONICAL = {name: ours for ours, names in _NAMES.items() for name in names.split()}
+_HELD_OUT = re.compile(r"^(eval|valid|validation|dev|test|held[-_]out)(?=[_/])")
+
+
+def canonical(name: str) -> str | None:
+    """Our name of a logged quantity, None when it is none of ours.
+
+    "Train Loss", "train/loss", "lm loss" -> "loss"; "eval_loss", "Validation loss" -> "val_ce"; "F" -> "stage0/F".
+    """
+    name = name.strip()
+    if name in ("F", "G"):
+        return f"stage0/{name}"
+    if m := re.fullmatch(r"stage[ _]?(\d+)[/ _.](F|G|target|bytes_per_chunk|ratio_loss|grad_norm|lr)", name):
+        return f"stage{m[1]}/{m[2]}"
+    low = re.sub(r"\s+", "_", name.lower())
+    for candidate in (low, _HELD_OUT.sub("val", low)):
+        candidate = re.sub(r"^(train|val)/", r"\1_", candidate)
+        if candidate in _CANONICAL:
+            return _CANONICAL[candidate]
+    return None

@@ -1,0 +1,63 @@
+"""Gradient norms by stage, and what is done about them. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+
+AT_LEAST = 20  # norms before a percentile means anything
+
+
+def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def norm(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
+    """() fp32: 2-norm of the gradients, of all shards where they are sharded"""
+    grads = gradients(parameters)
+    if not grads:
+        return torch.zeros((), device=device)
+    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in torch._foreach_norm(grads)]
+    return torch.linalg.vector_norm(torch.stack([p.float() for p in parts]))
+
+
+class Clipper:
+    """Scales the gradients of every stage. `adaptive` keeps the last norms of each stage and clips to a percentile of
+    them; until there are enough, and in `norm`, the norm of all stages together is clipped to max_grad_norm."""
+
+    def __init__(self, config: TrainConfig, stages: list[list[nn.Parameter]], device: torch.device) -> None:
+        self.config, self.stages, self.device = config, stages, device
+        self.count = 0
+        self.history = torch.full((config.clip_window, len(stages)), float("nan"), device=device)
+
+    def clip(self) -> Tensor:
+        """(stages,) fp32: the norms before."""
+        c = self.config
+        norms = torch.stack([norm(p, self.device) for p in self.stages])
+        total = torch.linalg.vector_norm(norms)
+        if c.clipping == "off":
+            return norms
+        scale = torch.ones_like(norms)
+        if c.max_grad_norm:
+            scale *= (c.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+        if c.clipping == "adaptive":
+            if self.count >= min(AT_LEAST, c.clip_window):
+                limit = torch.nanquantile(self.history, c.clip_percentile / 100, dim=0)
+                scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+            self.history[self.count % c.clip_window] = torch.where(norms.isfinite(), norms, torch.nan)
+            self.count += 1
+        for parameters, s in zip(self.stages, scale.unbind(), strict=True):
+            if grads := gradients(parameters):
+                torch._foreach_mul_(grads, s)
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "history": self.history.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.history.copy_(state["history"])

@@ -1,0 +1,142 @@
+"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (hnet/chunk_lm/task.py) is like it:
+
+model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
+loss(model, batch, step)  what to minimise and () tensors to average over the step
+after_step(step, means)   what moves after every step, on the device
+row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
+observe(row)              what moves by the numbers of a finished step; events
+evaluate(), sample()      held-out cross entropy, a text to look at
+state_dict, load_state_dict
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hnet.data.corpus import Corpus
+from hnet.data.packing import Batch, PackStream, eval_batches
+from hnet.model.causal_lm import HNetForCausalLM
+from hnet.model.checkpoint_format import load_state
+from hnet.model.isotropic import Isotropic
+from hnet.segment import boundaries, render_plain
+
+from .compression import Compression
+from .config import TrainConfig
+from .distributed import World, add_up
+from .guards import Event
+from .losses import losses
+from .optim import stage_parameters
+
+
+class HNetTask:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: tuple[Corpus, Corpus],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        world: World,
+    ) -> None:
+        train, self.val = data
+        self.config, self.device, self.autocast, self.world = config, device, autocast, world
+        share = config.batch_bytes // (config.accumulation * world.size)
+        self.stream = PackStream(train, config.seq_len, share, config.seed)
+        self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
+        for m in self.model.modules():
+            if isinstance(m, Isotropic):
+                m.recompute = config.recompute
+        self.stages = stage_parameters(self.model)
+        self.compression = Compression(config, self.model)
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        budget = [math.ceil(m * batch.num_targets) for m in c.max_chunks] or None
+        with self.autocast():
+            out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
+        result = losses(
+            out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(step),
+            reduction=c.ratio_reduction, straight_through=c.straight_through,
+            label_smoothing=c.label_smoothing if model.training else 0.0,
+        )  # fmt: skip
+        means = {"ce": result.ce, "ratio_loss": result.ratio_loss}
+        for i, s in enumerate(result.stages):
+            means |= {
+                f"stage{i}/F": s.F, f"stage{i}/G": s.G, f"stage{i}/ratio_loss": s.ratio_loss,
+                f"stage{i}/chunks": s.chunks / batch.num_targets,
+                f"stage{i}/sequences": s.sequences / batch.num_targets,
+                f"stage{i}/dropped": s.dropped / batch.num_targets,
+            }  # fmt: skip
+        return result.loss, means
+
+    def after_step(self, step: int, means: dict[str, Tensor]) -> None:
+        if self.compression.stages:
+            F = torch.stack([means[f"stage{i}/F"] for i in range(len(self.compression.stages))])
+            self.compression.after_step(step, F)
+
+    def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
+        c, row = self.config, {"ratio_loss": means["ratio_loss"]}
+        for i, target in enumerate(self.compression.targets(step)):
+            s = f"stage{i}"
+            chunks = max(means[f"{s}/chunks"], 1e-9)
+            row |= {
+                f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/target": target,
+                f"{s}/bytes_per_chunk": 1 / chunks, f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
+                f"{s}/chunks_per_sequence": chunks / max(means[f"{s}/sequences"], 1e-9),
+            }  # fmt: skip
+            if c.max_chunks:
+                row[f"{s}/dropped"] = round(means[f"{s}/dropped"] * c.batch_bytes)
+        return row
+
+    def observe(self, row: dict[str, Any]) -> list[Event]:
+        if self.compression.observe(row["ce"]):
+            now = ", ".join(f"{t:g}" for t in self.compression.targets(row["step"]))
+            return [Event("target_annealed", f"the loss has settled: targets are now {now} positions per chunk")]
+        return []
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out cross entropy (nats a target), bits per byte, and bytes per chunk of every stage."""
+        model.eval()
+        c, sums = self.config, torch.zeros(2 + len(self.compression.stages), dtype=torch.float64, device=self.device)
+        share = c.batch_bytes // (c.accumulation * self.world.size)
+        for i, batch in enumerate(eval_batches(self.val, c.seq_len, share, c.eval_bytes)):
+            if i % self.world.size != self.world.rank:
+                continue
+            batch = batch.to(self.device)
+            _, means = self.loss(model, batch, 0)
+            chunks = [means[f"stage{j}/chunks"] for j in range(len(self.compression.stages))]
+            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * batch.num_targets
+        model.train()
+        total, count, *stages = add_up(sums, self.world).tolist()
+        result = {"val_ce": total / count, "val_bpb": total / count / math.log(2)}
+        return result | {f"stage{i}/val_bytes_per_chunk": count / max(n, 1) for i, n in enumerate(stages)}
+
+    def sample(self) -> str:
+        """A continuation, and the chunks of a held-out snippet."""
+        c = self.config
+        held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
+        prompt: str | bytes = c.sample_prompt or held_out[:64]
+        self.model.eval()
+        (new,) = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
+        shown = prompt if isinstance(prompt, str) else prompt.decode(errors="replace")
+        parts = [f"--- continuation of {shown!r}\n{new.decode(errors='replace')}"]
+        for i, starts in enumerate(boundaries(self.model, held_out[: 4 * c.sample_bytes])):
+            parts.append(f"--- chunks of stage {i}\n{render_plain(held_out[: 4 * c.sample_bytes], starts)}")
+        self.model.train()
+        return "\n".join(parts) + "\n"
+
+    def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
+        load_state(self.model, state, str(where))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.compression.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.compression.load_state_dict(state)

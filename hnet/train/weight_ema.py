@@ -1,0 +1,44 @@
+"""An exponential average of the weights, for evaluation and release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightEMA:
+    """average <- decay average + (1 - decay) weights, after every step; the first steps average evenly."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        keep = min(self.decay, self.updates / (self.updates + 10))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights inside the `with`."""
+        current = [p.detach().clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.parameters, current)
+
+    def state_dict(self) -> dict[str, Tensor | int | list[Tensor]]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        torch._foreach_copy_(
+            self.average, [a.to(b.device) for a, b in zip(state["average"], self.average, strict=True)]
+        )

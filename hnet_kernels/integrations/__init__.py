@@ -1,0 +1,1 @@
+"""Running other people's H-Net code on these ops: one file for each package."""
