@@ -72,7 +72,7 @@ def cpu_section(data: dict) -> str:
         f"D = {shape['D']}, {shape['N']} ragged sequences, mean chunk about 5; medians, one run: "
         f"`{m['command']}`."
     )
-    return "\n".join([*op_table(ops), "", about, "", *step_lines([r for r in rows if "direction" not in r]), ""])
+    return "\n".join([*op_table(ops), "", about, "", *step_lines([r for r in rows if "model" in r]), ""])
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------
@@ -113,6 +113,14 @@ def graph_lines(rows: list[dict]) -> list[str]:
     ]
 
 
+def decode_lines(rows: list[dict]) -> list[str]:
+    lines = []
+    for r in rows:
+        text = ", ".join(f"{name} {1e6 * t:.0f} us" for name, t in r["seconds"].items())
+        lines.append(f"{r['op'].capitalize()} of {r['B']} sequences, D = {r['D']}: {text}.")
+    return lines
+
+
 def headline(row: dict) -> bool:
     return row["D"] == 1024 and row["chunk"] == 6
 
@@ -128,8 +136,9 @@ def gpu_section(data: dict, full: bool) -> str:
         f"cache, forward and backward timed apart. Every input counts once and every output once; a copy of as many "
         f"bytes in the same run moved up to {max(copy):.0f} GB/s. Peak MB: ours / the least of the others."
     )
-    graphs = graph_lines([r for r in rows if "kernels" in r])
-    return "\n".join([f"### {m['gpu']}", "", *gpu_table(shown), "", about, "", *graphs, ""])
+    single = graph_lines([r for r in rows if "kernels" in r]) + decode_lines([r for r in rows if "B" in r])
+    lines = [x for one in single for x in (one, "")]  # a paragraph each
+    return "\n".join([f"### {m['gpu']}", "", *gpu_table(shown), "", about, "", *lines])
 
 
 def gpu_sections(full: bool) -> str:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hnet_kernels as hk
-from hnet_kernels import reference
+from hnet_kernels import dispatch, reference
 
-from . import baselines, published, stage
+from . import baselines, harness, published, stage
 from .harness import Pass
 from .shapes import COMPILED, GPU, SMOKE, Shape, qk, ragged, rows
 
@@ -41,6 +41,14 @@ def both_kinds(forms: dict, compiled: bool) -> dict:
     return found
 
 
+def gpu_backends(op: str, device: str) -> list[str]:
+    """Where an op has more than one GPU backend, all of them race: `auto` may only prefer the one that wins."""
+    if device == "cpu":
+        return []
+    usable = [b for b in ("triton", "cuda") if dispatch.why_not(b, op, device, DTYPE) is None]
+    return usable if len(usable) > 1 else []
+
+
 def mostly_close(got, want) -> bool:
     return bool(torch.isclose(got.float(), want.float(), atol=0.15, rtol=0.02).float().mean() > 0.999)
 
@@ -62,6 +70,8 @@ def test_route(race_passes, shape, compiled, device, case):
 
     forms = {"ours": lambda q, k, cu: hk.route(q, k, cu, max_chunks=budget)}
     forms |= both_kinds({name: baselines.ROUTE[name] for name in ("sums", "normalize")}, compiled)
+    for backend in gpu_backends("route", device):
+        forms[backend] = lambda q, k, cu, b=backend: hk.route(q, k, cu, max_chunks=budget, backend=b)
     want = forms["ours"](*sets[0], cu).boundary_prob
     for name, f in forms.items():
         assert mostly_close(f(*sets[0], cu)[0], want), name
@@ -128,6 +138,40 @@ def test_dechunk(race_passes, shape, compiled, device, case):
         {name: passes(f) for name, f in forms.items()}, device, forward_bytes=forward_bytes,
         backward_bytes=backward_bytes, op="dechunk", dtype="bfloat16", **shape._asdict(), M=M,
     )  # fmt: skip
+
+
+STEPS = [
+    pytest.param("cpu", 8, id="cpu"),
+    *(pytest.param("cuda", B, id=f"gpu-B{B}", marks=pytest.mark.gpu) for B in (1, 32, 512)),
+]
+
+
+@pytest.mark.parametrize(("device", "B"), STEPS)
+def test_decode_step(benchmark, keep_row, rounds, smoke, device, B):
+    """route_step and dechunk_step for B sequences, D = 1024: launches, not bytes, are what it costs."""
+    if device == "cpu" and not smoke:
+        pytest.skip("only to see that the benchmark runs")
+    D = 64 if smoke else 1024
+    q, k, z, residual = (rows(B, D, DTYPE, device) for _ in range(4))
+    state = rows(B, D, torch.float32, device)
+
+    def step(backend):
+        def run(i):
+            prob, mask, _ = hk.route_step(q, k, backend=backend)
+            return hk.dechunk_step(z, prob, mask, state, residual, backend=backend)
+
+        return run
+
+    backends = [*gpu_backends("route_step", device), "reference"]
+    contenders = {"ours": step("auto")} | {f"eager {b}" if b == "reference" else b: step(b) for b in backends}
+    if device == "cuda" and "cuda" in backends:
+        assert dispatch.why_not("cuda", "dechunk_step", device, DTYPE) is None
+    for name, run in contenders.items():
+        for got, want in zip(run(0), step("reference")(0), strict=True):
+            assert mostly_close(got, want), name
+    seconds = harness.race(contenders, rounds, device)
+    keep_row(seconds, ours="ours", op="decode step", dtype="bfloat16", device=device, B=B, D=D)
+    benchmark.pedantic(contenders["ours"], args=(0,), rounds=2)
 
 
 def slow_scan(x, dt, A, B, C, *, chunk_size, seq_idx):

@@ -29,7 +29,7 @@ def _check_bias(logit_bias: float | Tensor | None, x: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(logit_bias, Tensor):
-        return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for the device
+        return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for a GPU
     if logit_bias.dim() != 0 or not logit_bias.dtype.is_floating_point:
         raise ValueError(
             f"logit_bias must be a float or a 0-d float tensor, got {logit_bias.dtype} {tuple(logit_bias.shape)}"
