@@ -150,8 +150,7 @@ def _dechunk_bwd_kernel(
         decay = _decay(log_here[:, None] - log_j[None, :], visible)
         d = tl.load(dout + t.to(tl.int64)[:, None] * dout_stride + c[None, :], mask=on[:, None] & col, other=0.0)
         d = to_dot(d, DOT)
-        # a chunk's own positions have decay 1, exact in any dtype; the rest is smaller than what is exact
-        g = tl.dot(tl.trans(decay.to(DOT)), d, g, input_precision=PRECISION)
+        g = weighted_sum(tl.trans(decay), d, g, DOT, PRECISION)  # dP is fp32: a bf16 decay would show in it
         products = tl.dot(d, tl.trans(zj), input_precision=PRECISION)
         dc = tl.sum(decay * p[None, :] * products, 1)
         tl.store(dc_part + pid_d.to(tl.int64) * T + t, dc, mask=t < t_own)
