@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import tomli_w
-
 from hnet.architecture import from_shorthand, targets
 from hnet.config import BOUNDARIES, HNetConfig
 
@@ -160,6 +158,8 @@ class RunConfig:
         check_restarts(self.restart_at, self.restart_min)
 
     def to_toml(self) -> str:
+        import tomli_w  # only writing needs it
+
         return tomli_w.dumps(dataclasses.asdict(self))
 
 

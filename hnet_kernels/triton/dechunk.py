@@ -154,8 +154,7 @@ def _dechunk_bwd_kernel(
         if HAS_DRESIDUAL:
             tl.store(dresidual + at * D + c[None, :], d, mask=(t < t_own)[:, None] & col)
         d = to_dot(d, DOT)
-        # a chunk's own positions have decay 1, exact in any dtype; the rest is smaller than what is exact
-        g = tl.dot(tl.trans(decay.to(DOT)), d, g, input_precision=PRECISION)
+        g = weighted_sum(tl.trans(decay), d, g, DOT, PRECISION)  # dP is fp32: a bf16 decay would show in it
         products = tl.dot(d, tl.trans(zj), input_precision=PRECISION)
         dc = tl.sum(decay * p[None, :] * products, 1)
         tl.store(dc_part + pid_d.to(tl.int64) * T + t, dc, mask=t < t_own)
