@@ -221,6 +221,12 @@ class TrainConfig(RunConfig):
 
     # steps and stages
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)
+    router_lr: float = key(
+        0.1,
+        "learning-rate factor of the routing projections, on top of their stage's; they start as the identity and a "
+        "small coherent change moves many boundaries, so at 1 the rate swings from step to step",
+        low=0,
+    )
     lr_multipliers: list[float] | str = key(
         [],
         "learning-rate factor of every stage, outermost first; auto: sqrt(positions for each innermost one x "

@@ -69,7 +69,7 @@ class Trainer:
         task: Any = make_task or HNetTask
         self.task = task(config, self.device, self.autocast, self.world)
         self.model = self.task.model
-        self.optimizers = Optimizers(self.model, config, self.task.multipliers)
+        self.optimizers = Optimizers(self.model, config, self.task.multipliers, getattr(config, "router_lr", 1.0))
         self.clipper = Clipper(config, self.task.stages, self.device)
         self.schedule = make_schedule(config)
         self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
