@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import hnet_kernels as hk
 from hnet.chunk_lm import ChunkLM, ChunkLMConfig, WindowStream, chunk_lm_loss, eval_windows
-from hnet.data.corpus import read_corpus
+from hnet.data.sources import open_data
+from hnet.train.chunk_lm_config import ChunkLMTrainConfig
 
 from .markov import markov_baselines
 
@@ -29,7 +30,8 @@ def losses_by_place(model, corpus, windows):
 @pytest.mark.slow
 def test_chunk_head_beats_unigram_and_bigram_models():
     exclude = ["test", "tests", "site-packages", "lib2to3", "idlelib", "encodings"]
-    train, held_out = read_corpus([sysconfig.get_paths()["stdlib"]], "*.py", exclude).split(0.05, seed=0)
+    data = ChunkLMTrainConfig(data=[sysconfig.get_paths()["stdlib"]], pattern="*.py", exclude=exclude)
+    train, held_out = open_data(data)
     hk.keep_memory()
     torch.manual_seed(0)
     model = ChunkLM(ChunkLMConfig(d_model=256, n_layers=3, seq_len=32, kernel_len=32, chunk=16, dropout=0.0))
