@@ -38,7 +38,6 @@ from .common import (
 
 P_MIN, P_MAX = tl.constexpr(1e-4), tl.constexpr(1 - 1e-4)
 FIXED = tl.constexpr(1048576.0)  # 2^20
-NEVER = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -79,7 +78,8 @@ def _dechunk_fwd_kernel(
         acc = r.to(tl.float32)
     oldest = tl.load(cu_chunks + sequence_of(t, cu_seqlens, N, steps), mask=on, other=0)  # chunk a position may see
     last = tl.max(chunk)
-    first = tl.maximum(tl.min(tl.where(on, chunk, NEVER)) - HALO, 0)
+    lowest = tl.min(tl.where(on, chunk, last + 1))  # a tile of padding alone has no chunks: last is -1
+    first = tl.maximum(lowest - HALO, 0)
 
     window = first + tl.arange(0, WINDOW)
     _, log_window = _chunks(prob, chunk_start, window, window <= last)
