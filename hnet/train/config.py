@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 
 from hnet.architecture import from_shorthand, targets
@@ -156,6 +157,9 @@ class RunConfig:
         self.need(self.learning_rate > 0, "learning_rate", "positive")
         self.need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
         check_restarts(self.restart_at, self.restart_min)
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name) and importlib.util.find_spec(name) is None:
+                raise ValueError(f"{name} needs its package: pip install {name}")
 
     def to_toml(self) -> str:
         import tomli_w  # only writing needs it

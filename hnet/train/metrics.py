@@ -23,16 +23,12 @@ class MetricsFile:
         self.board: Any = None
         self.run: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("tensorboard needs its package: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(path.parent / "tensorboard"))
         if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise ValueError("wandb needs its package: pip install wandb") from None
+            import wandb as client
+
             self.run = client.init(project=wandb, dir=str(path.parent), config=config, resume="allow")
         self.file = path.open("a")
 
