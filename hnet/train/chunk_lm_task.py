@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 
 from hnet.chunk_lm.config import ChunkLMConfig
@@ -93,14 +94,15 @@ class ChunkLMTask:
         ce = (add_up(total, self.world)[0] / total[1]).item()
         return {"val_ce": ce, "val_bpb": ce / math.log(2)}
 
-    def sample(self) -> str:
+    def sample(self) -> tuple[str, Text]:
         c = self.config
         held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
         prompt = c.sample_prompt.encode() or held_out[: c.seq_len]
         training = self.model.training
         new = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
         self.model.train(training)
-        return f"--- continuation of {prompt[-64:].decode(errors='replace')!r}\n{new.decode(errors='replace')}\n"
+        text = new.decode(errors="replace")
+        return f"--- continuation of {prompt[-64:].decode(errors='replace')!r}\n{text}\n", Text(text)
 
     def saved(self, checkpoint: Path, step: int) -> None:
         """The latest weights in one file too, if asked for."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 LOG_SECONDS = 15.0
 
@@ -33,6 +34,11 @@ class TrainConsole:
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False)
+
+    def show(self, picture: Text) -> None:
+        """On a terminal only."""
+        if self.live:
+            self.progress.console.print(picture)
 
     def event(self, step: int, message: str) -> None:
         self.progress.console.print(f"step {step}: {message}", markup=False, style="yellow")

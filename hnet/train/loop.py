@@ -327,7 +327,9 @@ class Trainer:
 
     def _after_evaluation(self, result: dict[str, float]) -> None:
         if self.config.sample_bytes and self.world.main and not distributed.sharded(self.model):
-            (self.out / "samples" / f"step_{self.step:08d}.txt").write_text(self.task.sample())
+            text, picture = self.task.sample()
+            (self.out / "samples" / f"step_{self.step:08d}.txt").write_text(text)
+            self.console.show(picture)
         self.stopping.observe(self.step, result["val_ce"])
         if self.stopping.stop and self.step < self.config.steps:
             message = f"early stop: no better validation cross entropy in {self.config.patience} evaluations"

@@ -6,7 +6,7 @@ loss(model, batch, step)  what to minimise and () tensors to average over the st
 after_step(step, means)   what moves after every step, on the device
 row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
 observe(row)              what moves by the numbers of a finished step; events
-evaluate(), sample()      held-out cross entropy, a text to look at
+evaluate(), sample()      held-out cross entropy; a text to keep and one to look at
 prints, lines(row, events)  whether it prints rows itself, and what
 saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 
 from hnet.architecture import lr_multipliers
@@ -30,7 +31,7 @@ from hnet.data.workers import with_workers
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
 from hnet.model.isotropic import Isotropic
-from hnet.segment import boundaries, render_plain
+from hnet.segment import boundaries, render_plain, render_rich
 
 from .compression import Compression
 from .config import TrainConfig
@@ -133,8 +134,8 @@ class HNetTask:
         result = {"val_ce": total / count, "val_bpb": total / count / math.log(2)}
         return result | {f"stage{i}/val_bytes_per_chunk": count / max(n, 1) for i, n in enumerate(stages)}
 
-    def sample(self) -> str:
-        """A continuation, and the chunks of a held-out snippet."""
+    def sample(self) -> tuple[str, Text]:
+        """A continuation and the chunks of a held-out snippet; and the outermost of these in colour."""
         c = self.config
         held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
         prompt: str | bytes = c.sample_prompt or held_out[:64]
@@ -142,10 +143,11 @@ class HNetTask:
         (new,) = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
         shown = prompt if isinstance(prompt, str) else prompt.decode(errors="replace")
         parts = [f"--- continuation of {shown!r}\n{new.decode(errors='replace')}"]
-        for i, starts in enumerate(boundaries(self.model, held_out[: 4 * c.sample_bytes])):
-            parts.append(f"--- chunks of stage {i}\n{render_plain(held_out[: 4 * c.sample_bytes], starts)}")
+        snippet = held_out[: 4 * c.sample_bytes]
+        stages = boundaries(self.model, snippet)
+        parts += [f"--- chunks of stage {i}\n{render_plain(snippet, starts)}" for i, starts in enumerate(stages)]
         self.model.train()
-        return "\n".join(parts) + "\n"
+        return "\n".join(parts) + "\n", render_rich(snippet[:240], stages[0]) if stages else Text()
 
     def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
         return []
