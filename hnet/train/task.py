@@ -27,12 +27,14 @@ from hnet.model.checkpoint_format import load_state
 from hnet.model.isotropic import Isotropic
 from hnet.segment import boundaries, render_plain
 
+from .compile import compile_blocks
 from .compression import Compression
 from .config import TrainConfig
-from .distributed import World, add_up
+from .distributed import World, add_up, shard
 from .guards import Event
 from .losses import losses
 from .optim import stage_parameters
+from .shards import all_like
 
 
 class HNetTask:
@@ -47,22 +49,26 @@ class HNetTask:
         train, self.val = data
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
         share = config.batch_bytes // (config.accumulation * world.size)
-        self.stream = PackStream(train, config.seq_len, share, config.seed)
+        self.stream = PackStream(train, config.seq_len, share, config.seed, rank=world.rank, world_size=world.size)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
         for m in self.model.modules():
             if isinstance(m, Isotropic):
                 m.recompute = config.recompute
+        if config.compile:
+            compile_blocks(self.model)
+        shard(self.model, config, world)
         self.stages = stage_parameters(self.model)
         self.compression = Compression(config, self.model)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
+        alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
         budget = [math.ceil(m * batch.num_targets) for m in c.max_chunks] or None
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
             out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(step),
-            reduction=c.ratio_reduction, straight_through=c.straight_through,
+            reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
         )  # fmt: skip
         means = {"ce": result.ce, "ratio_loss": result.ratio_loss}
@@ -106,13 +112,12 @@ class HNetTask:
         model.eval()
         c, sums = self.config, torch.zeros(2 + len(self.compression.stages), dtype=torch.float64, device=self.device)
         share = c.batch_bytes // (c.accumulation * self.world.size)
-        for i, batch in enumerate(eval_batches(self.val, c.seq_len, share, c.eval_bytes)):
-            if i % self.world.size != self.world.rank:
-                continue
-            batch = batch.to(self.device)
+        batches = list(eval_batches(self.val, c.seq_len, share, c.eval_bytes))
+        for i in range(self.world.rank, -(-len(batches) // self.world.size) * self.world.size, self.world.size):
+            batch = batches[min(i, len(batches) - 1)].to(self.device)  # fsdp: all go through the model as often
             _, means = self.loss(model, batch, 0)
             chunks = [means[f"stage{j}/chunks"] for j in range(len(self.compression.stages))]
-            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * batch.num_targets
+            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * (batch.num_targets * (i < len(batches)))
         model.train()
         total, count, *stages = add_up(sums, self.world).tolist()
         result = {"val_ce": total / count, "val_bpb": total / count / math.log(2)}
@@ -133,7 +138,7 @@ class HNetTask:
         return "\n".join(parts) + "\n"
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
-        load_state(self.model, state, str(where))
+        load_state(self.model, all_like(state, self.model.state_dict()), str(where))
 
     def state_dict(self) -> dict[str, Any]:
         return self.compression.state_dict()
