@@ -11,6 +11,9 @@
 #endif
 
 #include "cpu/kernels.h"
+#ifdef HNET_CUDA_ARCHS
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace hnet;
@@ -72,13 +75,14 @@ PYBIND11_MODULE(_C, m) {
     return false;
 #endif
   });
-  m.def("has_cuda", [] {
-#ifdef HNET_WITH_CUDA
-    return true;
+#ifdef HNET_CUDA_ARCHS  // "sm_80, sm_90, ...", what the CUDA kernels are compiled for
+  hnet::cuda::bind(m);
+  m.def("has_cuda", [] { return true; });
+  m.def("cuda_archs", [] { return HNET_CUDA_ARCHS; });
 #else
-    return false;
+  m.def("has_cuda", [] { return false; });
+  m.def("cuda_archs", [] { return ""; });
 #endif
-  });
 
   // Freed blocks up to `bytes` go back to the heap instead of the kernel: the next tensor of that size costs no page faults.
   m.def("keep_memory", [](i64 bytes) {

@@ -20,8 +20,9 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Ops with a CUDA C++ kernel, and those where `auto` prefers it to Triton (benchmarks/results says where it is ahead).
-CUDA_OPS: frozenset[str] = frozenset()
+# Ops with a CUDA C++ kernel, and those where `auto` prefers it to Triton: none until a measurement in
+# benchmarks/results shows one ahead. Fewer launches are only a reason to measure.
+CUDA_OPS = frozenset({"route", "route_step", "dechunk_step"})
 CUDA_PREFERRED: frozenset[str] = frozenset()
 
 
@@ -91,7 +92,13 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return "the native extension was built without CUDA (HNET_CUDA=ON to insist)"
     if op not in CUDA_OPS:
         return f"{op} has no CUDA C++ kernel; its GPU kernel is the triton one"
-    return None if device_type == "cuda" else f"the tensors are on {device_type}, not a GPU"
+    if device_type != "cuda":
+        return f"the tensors are on {device_type}, not a GPU"
+    if torch.version.cuda is None:
+        return "PyTorch is not built for CUDA"
+    if op == "route" and (error := triton_error()) is not None:
+        return f"its backward is the triton one: {error}"
+    return None
 
 
 def _choose(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:

@@ -25,7 +25,8 @@ def report() -> str:
         _C = importlib.import_module("hnet_kernels._C")
         lines.append(
             f"native extension: built; CPU kernels for {_C.cpu_isa()}, OpenMP {'on' if _C.has_openmp() else 'off'}, "
-            f"{torch.get_num_threads()} threads; CUDA kernels {'built' if _C.has_cuda() else 'not built'}"
+            f"{torch.get_num_threads()} threads; "
+            + (f"CUDA kernels for {_C.cuda_archs()}" if _C.has_cuda() else "CUDA kernels not built")
         )
     else:
         lines.append(f"native extension: {error}")

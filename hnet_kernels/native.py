@@ -41,10 +41,13 @@ class Rows(NamedTuple):
     x: Tensor | None
 
 
-def _call(function: str, *args):
-    """`_C.function` on raw pointers. Tensors become dense pointers, dtypes their code, None a null pointer."""
+def pointers(args) -> tuple[list, list[Tensor | None]]:
+    """Arguments as `_C` takes them: tensors become dense pointers, dtypes their code, None a null pointer.
+
+    The second list is what the pointers point to, copies included: it must outlive the call.
+    """
     flat: list = []
-    alive: list[Tensor | None] = []  # copies must outlive the call
+    alive: list[Tensor | None] = []
     for a in args:
         if isinstance(a, Rows):
             x = a.x
@@ -58,6 +61,11 @@ def _call(function: str, *args):
             alive.append(x)
         else:
             flat.append(0 if a is None else _DTYPE.get(a, a) if isinstance(a, torch.dtype) else a)
+    return flat, alive
+
+
+def _call(function: str, *args):
+    flat, _alive = pointers(args)
     return getattr(_c(), function)(*flat, torch.get_num_threads())
 
 

@@ -19,9 +19,11 @@ class Unreadable(click.ClickException):
 def diagnose(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
     """Say what is wrong with a training run, with evidence and what to change.
 
-    RUN_OR_LOG is a run directory, a config.toml alone, a metrics.jsonl, a CSV, HF's trainer_state.json, or a printed
-    log (nanoGPT, torchtitan, HF Trainer, Megatron, ChunkLM and the like). Exit code: 0 no errors found (warnings and notes
-    there may be), 1 at least one finding is an error, 2 a log could not be read.
+    RUN_OR_LOG is a run directory, a config.toml alone, a metrics.jsonl, a CSV, HF's trainer_state.json, or what a
+    trainer printed (nanoGPT, torchtitan, HF Trainer, Megatron, ChunkLM and the like).
+
+    Exit code: 0 without errors (there may be warnings and notes), 1 when a finding is an error, 2 when a log cannot be
+    read.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""hnet: train, generate, segment, info."""
+"""hnet: train, generate, segment, plot, diagnose, info."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from .diagnose import diagnose, plot
 from .options import ManyValues, config_options, given
 
 
@@ -118,6 +119,10 @@ def segment(model: str, file: Any, count: int, stage: int) -> None:
     console.print(
         render_rich(text, starts[stage]) if console.is_terminal else render_plain(text, starts[stage]), markup=False
     )
+
+
+main.add_command(plot)
+main.add_command(diagnose)
 
 
 @main.command()

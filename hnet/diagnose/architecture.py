@@ -151,7 +151,7 @@ def target_missed(log: Log) -> list[Finding]:
         if alpha > 0:  # the equilibrium alpha (F - 1/N) = const of a weak alpha, solved for an error of 5 %
             wanted = min(max(alpha * abs(end * target - 1) / 0.05, 2 * alpha), 5.0)
             if wanted > 1.2 * alpha:
-                change.append(f"--ratio-weight {wanted:.2g} (now {alpha:g}): the error shrinks as 1/ratio_weight")
+                change.append(f"--ratio-weight {wanted:.2g} (now {alpha:g}): the error shrinks about as 1/ratio_weight")
         else:
             change.append("a higher ratio_weight (about 1 at 10M parameters, 0.2 at 1B)")
         if str(log.setting("rate_control", default="none")) in ("none", "", "False"):

@@ -104,11 +104,15 @@ def learning_rate(log: Log) -> list[Finding]:
                     ["watch stage0/grad_norm"],
                 )
             )
-    clipping = log.setting("max_grad_norm")
-    if clipping == 0 and str(log.setting("clip", "clipping", default="off")) in ("off", "none", ""):
+    limit, kind = log.setting("max_grad_norm"), str(log.setting("clip", "clipping", default="norm"))
+    if kind in ("off", "none") or (limit == 0 and kind != "adaptive"):
         out.append(
             Finding(
-                "warning", "no_clipping", "Gradients are not clipped", ["max_grad_norm is 0."], ["--max-grad-norm 1.0"]
+                "warning",
+                "no_clipping",
+                "Gradients are not clipped",
+                [f"max_grad_norm is {limit}, clipping {kind}."],
+                ["--clipping norm --max-grad-norm 1.0"],
             )
         )
     return out

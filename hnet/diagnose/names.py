@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _NAMES = {
     "step": "step iter iteration global_step it steps update _step trainer/global_step train/global_step num_steps",
@@ -33,6 +34,7 @@ _CANONICAL = {name: ours for ours, names in _NAMES.items() for name in names.spl
 _HELD_OUT = re.compile(r"^(eval|valid|validation|dev|test|held[-_]out)(?=[_/])")
 
 
+@lru_cache(maxsize=4096)
 def canonical(name: str) -> str | None:
     """Our name of a logged quantity, None when it is none of ours.
 

@@ -17,8 +17,10 @@ def noise(values: np.ndarray) -> float:
 def trailing_median(values: np.ndarray, window: int) -> np.ndarray:
     """(n,) median of the up to `window` values before each; the first value stands for itself."""
     out = values.copy()
-    for i in range(1, len(values)):
-        out[i] = np.median(values[max(0, i - window) : i])
+    for i in range(1, min(window, len(values))):
+        out[i] = np.median(values[:i])
+    if len(values) > window:
+        out[window:] = np.median(np.lib.stride_tricks.sliding_window_view(values[:-1], window), axis=1)
     return out
 
 

@@ -46,9 +46,11 @@ def read_text(text: str) -> list[Row]:
 class _Reader:
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.base = 0  # steps of the epochs closed so far
-        self.per_epoch = 0
-        self.closed = False  # an epoch ended since the last step
+        self.base = 0  # steps of the epochs before this one
+        self.per_epoch = 0  # the 1000 of "step 10/1000"
+        self.last = 0.0  # the 10
+        self.first = 0  # row at which this epoch began
+        self.going_on = False  # steps go on over the epochs
         self.counted = False  # the log names its steps
 
     def line(self, line: str) -> None:
@@ -77,14 +79,7 @@ class _Reader:
             self._merge(values)
 
     def _step(self, step: float, total: int, values: Row) -> None:
-        if self.closed:
-            if step <= self.per_epoch and total == self.per_epoch:
-                for row in self.rows:
-                    row.setdefault("steps_per_epoch", float(self.per_epoch))
-            else:
-                self.base = 0  # its steps go on over the epochs
-            self.closed = False
-        self.counted, self.per_epoch = True, total or self.per_epoch
+        self.counted, self.per_epoch, self.last = True, total or self.per_epoch, step
         step += self.base
         if self.rows and "event" not in self.rows[-1] and self.rows[-1]["step"] == step:
             self._merge(values)
@@ -96,8 +91,15 @@ class _Reader:
         if not self.counted:
             self.rows.append({"step": float(epoch), "epoch": float(epoch), "loss": values.pop("epoch_loss"), **values})
             return
-        self.base, self.closed = epoch * self.per_epoch, True
         self._merge({"epoch": float(epoch), **values})
+        self.going_on = self.going_on or self.last < 0.9 * self.per_epoch or not self.per_epoch
+        if self.going_on:
+            return
+        late = (epoch - 1) * self.per_epoch - self.base  # a log that begins or resumes in the middle tells only now
+        for row in self.rows[self.first :]:
+            row["step"] += late
+            row["steps_per_epoch"] = float(self.per_epoch)
+        self.base, self.first = epoch * self.per_epoch, len(self.rows)
 
     def _unnumbered(self, values: Row) -> None:
         if "loss" in values or not self.rows:

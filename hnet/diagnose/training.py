@@ -54,7 +54,7 @@ def loss_spike(log: Log) -> list[Finding]:
     steps, v = log.series(*LOSS)
     if len(v) < 40:
         return _spike_events(log)
-    base, sigma = trailing_median(v, max(11, len(v) // 50)), noise(v)
+    base, sigma = trailing_median(v, min(max(11, len(v) // 50), 101)), noise(v)
     high = v - base > np.maximum(SPIKE_SIGMA * sigma, SPIKE_SHARE * np.abs(base))
     high[: max(5, len(v) // 20)] = False  # the start is the warm-up's
     for raised in log.events_named("cutoff_raised"):  # judged by its own rule
@@ -262,14 +262,14 @@ def early_stop(log: Log) -> list[Finding]:
                 span,
             )
         ]
-    window = v[-max(5, since + 3) :]
+    window = v[-max(8, len(v) // 2) :]
     per, error = slope(window)
     sigma, waited = noise(v), patience if np.isfinite(patience) else since
     if per < -2 * error and waited * -per < 2 * sigma:
         wanted = int(np.ceil(3 * sigma / -per))
         evidence = [
-            f"Evaluations scatter by {sigma:.4f}, and gained {-per:.4f} each at the end: {waited:g} evaluations of "
-            f"patience gain {waited * -per:.4f}, less than the scatter."
+            f"Evaluations scatter by {sigma:.4f}, and gained {-per:.4f} each over the last half: {waited:g} "
+            f"evaluations of patience gain {waited * -per:.4f}, less than the scatter."
         ]
         change = [f"--patience {max(wanted, 10)}", "a larger eval_bytes makes evaluations less noisy"]
         return [
@@ -314,8 +314,8 @@ def plateau(log: Log) -> list[Finding]:
     start = int(0.6 * len(v))
     a, b = np.array_split(v[start:], 2)
     gain, error = a.mean() - b.mean(), np.sqrt(a.var() / len(a) + b.var() / len(b))
-    lr_at, lr = log.series("lr")
-    level = float(np.median(lr[lr_at >= at[start]]) / lr.max()) if len(lr) and lr.max() > 0 else None
+    _, lr = log.series("lr")
+    level = float(lr[-1] / lr.max()) if len(lr) and lr.max() > 0 else None
     if abs(gain) > max(0.003 * abs(a.mean()), 2 * error) or (level is not None and level < 0.5):
         return []
     evidence = [

@@ -23,6 +23,7 @@ from . import checkpoint, distributed
 from .clipping import Clipper
 from .config import TrainConfig
 from .console import TrainConsole
+from .cost import peak_flops
 from .guards import Event, Guards, RunFailed
 from .metrics import MetricsFile, Reading, truncate_metrics
 from .optim import Optimizers
@@ -81,6 +82,7 @@ class Trainer:
         self.guards = Guards(warmup=config.warmup, max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor)
         self.stopping = EarlyStopping(config.patience, config.min_delta, config.stop_smoothing)
         self.ema = WeightEMA(self.model, config.weight_ema) if config.weight_ema else None
+        self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         self.background = checkpoint.Background()
         self.step = self.bytes = 0
         self.seconds = 0.0
@@ -135,7 +137,7 @@ class Trainer:
         self.seconds += took
         row = {
             "step": self.step, "bytes": self.bytes, "time": self.seconds, "lr": c.learning_rate * factor,
-            "bytes_per_second": mine * self.world.size / took, "data_wait": waited / took,
+            "bytes_per_second": mine * self.world.size / took, "data_wait_share": waited / took,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
         stopping = torch.full((), float(self.interrupted), device=self.device)  # all stop at the step where one does
@@ -150,6 +152,10 @@ class Trainer:
         row = {**pending.row, "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2)}
         row |= self.task.row(pending.step - 1, means)
         row |= {k: v for k, v in means.items() if k.endswith("grad_norm")}
+        if "flops_per_byte" in row:
+            row["flops_per_second"] = row["flops_per_byte"] * row["bytes_per_second"]
+            if self.peak is not None:
+                row["mfu"] = row["flops_per_second"] / (self.peak * self.world.size)
         if self.device.type == "cuda":
             row["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
         return row
@@ -250,10 +256,16 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
         if c.plots and self.world.main:
-            from .plots import plot_run
-
-            plot_run(self.out)
+            self._plot()
         return result
+
+    def _plot(self) -> None:
+        from .plots import plot_run
+
+        try:
+            plot_run(self.out)
+        except ImportError as e:
+            self.console.say(f"no plots: {e}")
 
     def _open(self) -> MetricsFile | None:
         if not self.world.main:
@@ -439,4 +451,4 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(e)
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, Any]
+Table = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values)
 
 # Okabe and Ito's colours: told apart under every common kind of colour blindness, and in grey by their dashes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
 )  # fmt: skip
 STAGE_COLORS = (BLUE, ORANGE, GREEN, PINK, SKY)
-EVENT_COLORS = (RED, PINK, "#000000", SKY, YELLOW, GREEN)
+EVENT_COLORS = ("#000000", PINK, GREEN, ORANGE, SKY, YELLOW)
 DASHES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1, 1, 1)))
 
 STYLE: dict[Any, Any] = {
@@ -68,7 +70,7 @@ def plot_rows(rows: list[Row], out_dir: Path) -> list[Path]:
     rows = [r for r in rows if "event" not in r and _number(r.get("step"))]
     written: list[Path] = []
     with matplotlib.rc_context(STYLE):
-        for name, panels in _figures(rows):
+        for name, panels in _figures(_table(rows)):
             if not panels:
                 continue
             height = 3.4 if len(panels) == 1 else 2.6 * len(panels)
@@ -104,48 +106,57 @@ def column(rows: list[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _stages(rows: list[Row], key: str) -> list[int]:
-    found = {int(m[1]) for r in rows for k in r if (m := re.fullmatch(rf"stage(\d+)/{key}", k))}
-    return sorted(i for i in found if len(column(rows, f"stage{i}/{key}")[0]))
+def _table(rows: list[Row]) -> Table:
+    """Every column with a finite number."""
+    names = dict.fromkeys(k for r in rows for k in r)
+    return {n: c for n in names if len((c := column(rows, n))[0])}
 
 
-def _has(rows: list[Row], *names: str) -> bool:
-    return any(len(column(rows, n)[0]) for n in names)
+def _get(table: Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    return table.get(name, (np.zeros(0), np.zeros(0)))
 
 
-def _figures(rows: list[Row]) -> list[tuple[str, list[Callable[[Axes], None]]]]:
+def _stages(table: Table, key: str) -> list[int]:
+    return sorted(int(m[1]) for n in table if (m := re.fullmatch(rf"stage(\d+)/{key}", n)))
+
+
+def _has(table: Table, *names: str) -> bool:
+    return any(n in table for n in names)
+
+
+def _figures(table: Table) -> list[tuple[str, list[Callable[[Axes], None]]]]:
     """(file name, what to draw in each panel from the top); no panels: no data for that file."""
 
-    def panels(*pairs: tuple[bool, Callable[[list[Row], Axes], None]]) -> list[Callable[[Axes], None]]:
-        return [partial(draw, rows) for there, draw in pairs if there]
+    def panels(*pairs: tuple[bool, Callable[[Table, Axes], None]]) -> list[Callable[[Axes], None]]:
+        return [partial(draw, table) for there, draw in pairs if there]
 
     return [
         (
             "loss.png",
             panels(
-                (_has(rows, "bpb", "ce", "loss", "val_bpb", "val_ce"), _draw_loss),
-                (_has(rows, "ratio_loss") or bool(_stages(rows, "ratio_loss")), _draw_ratio_loss),
+                (_has(table, "bpb", "ce", "loss", "val_bpb", "val_ce"), _draw_loss),
+                (_has(table, "ratio_loss") or bool(_stages(table, "ratio_loss")), _draw_ratio_loss),
             ),
         ),
-        ("learning_rate.png", panels((_has(rows, "lr") or bool(_stages(rows, "lr")), _draw_lr))),
-        ("gradient_norm.png", panels((_has(rows, "grad_norm") or bool(_stages(rows, "grad_norm")), _draw_grad))),
+        ("learning_rate.png", panels((_has(table, "lr") or bool(_stages(table, "lr")), _draw_lr))),
+        ("gradient_norm.png", panels((_has(table, "grad_norm") or bool(_stages(table, "grad_norm")), _draw_grad))),
         (
             "compression.png",
             panels(
-                (bool(_stages(rows, "bytes_per_chunk")), _draw_compression),
-                (bool(_stages(rows, "F") or _stages(rows, "G")), _draw_rates),
+                (bool(_stages(table, "bytes_per_chunk")), _draw_compression),
+                (bool(_stages(table, "F") or _stages(table, "G")), _draw_rates),
             ),
         ),
-        ("cutoff.png", panels((_has(rows, "cutoff"), _draw_cutoff), (_has(rows, "cutoff"), _draw_bins))),
+        ("cutoff.png", panels((_has(table, "cutoff"), _draw_cutoff), (_has(table, "cutoff"), _draw_bins))),
     ]
 
 
-def _line(ax: Axes, rows: list[Row], name: str, label: str, color: str, dash: Any = "-", raw: bool = True) -> None:
+def _line(ax: Axes, table: Table, name: str, label: str, color: str, dash: Any = "-", raw: bool = True) -> None:
     """The smoothed series, over the raw one drawn faintly."""
-    steps, values = column(rows, name)
+    steps, values = _get(table, name)
     if not len(steps):
         return
     window = max(len(values) // 50, 1)
@@ -155,21 +166,21 @@ def _line(ax: Axes, rows: list[Row], name: str, label: str, color: str, dash: An
     ax.plot(steps, smooth(values, window), color=color, linestyle=dash, label=label, marker=dot)
 
 
-def _draw_loss(rows: list[Row], ax: Axes) -> None:
+def _draw_loss(table: Table, ax: Axes) -> None:
     """Bits per byte when logged, else cross entropy, else the loss; a foreign log may have only one of them."""
     choices = (
         ("bpb", "val_bpb", "bits per byte"),
         ("ce", "val_ce", "cross entropy (nats)"),
         ("loss", "val_ce", "loss"),
     )
-    train, held_out, unit = next(((t, v, u) for t, v, u in choices if _has(rows, t)), choices[0])
-    if not _has(rows, train) and not _has(rows, held_out):
+    train, held_out, unit = next(((t, v, u) for t, v, u in choices if _has(table, t)), choices[0])
+    if not _has(table, train) and not _has(table, held_out):
         held_out, unit = "val_ce", "cross entropy (nats)"
-    _line(ax, rows, train, "train", BLUE)
-    steps, values = column(rows, held_out)
+    _line(ax, table, train, "train", BLUE)
+    steps, values = _get(table, held_out)
     if len(steps):
         ax.plot(steps, values, "o", color=RED, markersize=5, label="held out")
-    _, trained = column(rows, train)
+    _, trained = _get(table, train)
     if len(trained) > 20:  # the first steps of a run would flatten everything after them
         low = min(trained.min(), values.min()) if len(values) else trained.min()
         high = np.quantile(trained[len(trained) // 20 :], 0.99)
@@ -177,41 +188,42 @@ def _draw_loss(rows: list[Row], ax: Axes) -> None:
     ax.set_ylabel(unit)
 
 
-def _draw_ratio_loss(rows: list[Row], ax: Axes) -> None:
-    stages = _stages(rows, "ratio_loss")
+def _draw_ratio_loss(table: Table, ax: Axes) -> None:
+    stages = _stages(table, "ratio_loss")
     for i in stages:
-        _line(ax, rows, f"stage{i}/ratio_loss", f"stage {i}", _color(i), _dash(i))
+        _line(ax, table, f"stage{i}/ratio_loss", f"stage {i}", _color(i), _dash(i))
     if not stages:
-        _line(ax, rows, "ratio_loss", "ratio loss", BLUE)
+        _line(ax, table, "ratio_loss", "ratio loss", BLUE)
     ax.set_ylabel("ratio loss")
 
 
-def _draw_lr(rows: list[Row], ax: Axes) -> None:
-    stages = _stages(rows, "lr")
+def _draw_lr(table: Table, ax: Axes) -> None:
+    stages = _stages(table, "lr")
     for i in stages:
-        ax.plot(*column(rows, f"stage{i}/lr"), color=_color(i), linestyle=_dash(i), label=f"stage {i}")
+        ax.plot(*_get(table, f"stage{i}/lr"), color=_color(i), linestyle=_dash(i), label=f"stage {i}")
     if not stages:
-        ax.plot(*column(rows, "lr"), color=BLUE)
+        ax.plot(*_get(table, "lr"), color=BLUE)
     ax.set_ylabel("learning rate")
     ax.set_ylim(bottom=0)
 
 
-def _draw_grad(rows: list[Row], ax: Axes) -> None:
-    stages = _stages(rows, "grad_norm")
+def _draw_grad(table: Table, ax: Axes) -> None:
+    stages = _stages(table, "grad_norm")
     for i in stages:
-        _line(ax, rows, f"stage{i}/grad_norm", f"stage {i}", _color(i), _dash(i))
+        _line(ax, table, f"stage{i}/grad_norm", f"stage {i}", _color(i), _dash(i))
     if not stages:
-        _line(ax, rows, "grad_norm", "all", BLUE)
-    ax.set_yscale("log")
+        _line(ax, table, "grad_norm", "all", BLUE)
+    if any(np.max(np.asarray(line.get_ydata(), dtype=float), initial=0.0) > 0 for line in ax.lines):
+        ax.set_yscale("log")
     ax.set_ylabel("gradient norm")
 
 
-def _draw_compression(rows: list[Row], ax: Axes) -> None:
+def _draw_compression(table: Table, ax: Axes) -> None:
     """Bytes per chunk count from the bytes, targets from one stage to the next: a stage's line is their product."""
     product: Any = 1.0
-    for i in _stages(rows, "bytes_per_chunk"):
-        _line(ax, rows, f"stage{i}/bytes_per_chunk", f"stage {i}", _color(i), _dash(i))
-        steps, target = column(rows, f"stage{i}/target")
+    for i in _stages(table, "bytes_per_chunk"):
+        _line(ax, table, f"stage{i}/bytes_per_chunk", f"stage {i}", _color(i), _dash(i))
+        steps, target = _get(table, f"stage{i}/target")
         if not len(steps) or (not np.isscalar(product) and len(product) != len(target)):
             continue
         product = product * target
@@ -219,18 +231,18 @@ def _draw_compression(rows: list[Row], ax: Axes) -> None:
     ax.set_ylabel("bytes per chunk")
 
 
-def _draw_rates(rows: list[Row], ax: Axes) -> None:
-    for i in sorted({*_stages(rows, "F"), *_stages(rows, "G")}):
-        _line(ax, rows, f"stage{i}/F", f"F, stage {i}", _color(i), "-")
-        _line(ax, rows, f"stage{i}/G", f"G, stage {i}", _color(i), "--", raw=False)
+def _draw_rates(table: Table, ax: Axes) -> None:
+    for i in sorted({*_stages(table, "F"), *_stages(table, "G")}):
+        _line(ax, table, f"stage{i}/F", f"F, stage {i}", _color(i), "-")
+        _line(ax, table, f"stage{i}/G", f"G, stage {i}", _color(i), "--", raw=False)
     ax.set_ylim(0, None)
     ax.set_ylabel("F: boundaries\nG: mean probability")
 
 
-def _draw_cutoff(rows: list[Row], ax: Axes) -> None:
-    name = next((n for n in ("ce", "loss") if _has(rows, n)), "loss")
-    _line(ax, rows, name, "train", BLUE)
-    steps, cutoffs = column(rows, "cutoff")
+def _draw_cutoff(table: Table, ax: Axes) -> None:
+    name = next((n for n in ("ce", "loss") if _has(table, n)), "loss")
+    _line(ax, table, name, "train", BLUE)
+    steps, cutoffs = _get(table, "cutoff")
     for s, low, high in [(s, a, b) for s, a, b in zip(steps[1:], cutoffs, cutoffs[1:], strict=False) if b != a]:
         ax.axvline(s, color="#888888", linewidth=0.9)
         ax.annotate(
@@ -240,8 +252,8 @@ def _draw_cutoff(rows: list[Row], ax: Axes) -> None:
     ax.set_ylabel("loss" if name == "loss" else "cross entropy (nats)")
 
 
-def _draw_bins(rows: list[Row], ax: Axes) -> None:
-    steps, cutoffs = column(rows, "cutoff")
+def _draw_bins(table: Table, ax: Axes) -> None:
+    steps, cutoffs = _get(table, "cutoff")
     ax.step(steps, cutoffs, where="post", color=BLUE)
     ax.set_ylabel("cutoff (bins)")
     ax.set_ylim(bottom=0)

@@ -30,6 +30,7 @@ from hnet.segment import boundaries, render_plain
 from .compile import compile_blocks
 from .compression import Compression
 from .config import TrainConfig
+from .cost import stage_costs
 from .distributed import World, add_up, shard
 from .guards import Event
 from .losses import losses
@@ -59,6 +60,7 @@ class HNetTask:
         shard(self.model, config, world)
         self.stages = stage_parameters(self.model)
         self.compression = Compression(config, self.model)
+        self.costs = stage_costs(self.model, config.seq_len)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
@@ -87,10 +89,11 @@ class HNetTask:
             self.compression.after_step(step, F)
 
     def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
-        c, row = self.config, {"ratio_loss": means["ratio_loss"]}
+        c, row = self.config, {"ratio_loss": means["ratio_loss"], "flops_per_byte": self.costs[0].flops}
         for i, target in enumerate(self.compression.targets(step)):
             s = f"stage{i}"
             chunks = max(means[f"{s}/chunks"], 1e-9)
+            row["flops_per_byte"] += chunks * self.costs[i + 1].flops
             row |= {
                 f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/target": target,
                 f"{s}/bytes_per_chunk": 1 / chunks, f"{s}/ratio_loss": means[f"{s}/ratio_loss"],

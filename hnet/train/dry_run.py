@@ -1,0 +1,54 @@
+"""`hnet train --dry-run`: what a run would be, without training."""
+
+from __future__ import annotations
+
+from .config import TrainConfig
+from .cost import plan, positions_per_byte
+from .loop import make_schedule, pick_autocast, pick_device, read_data
+from .schedule import Schedule
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def report(config: TrainConfig) -> str:
+    """Reads the data and the config, as a run would; returns a page of text.
+
+    Raises:
+        ValueError, FileNotFoundError: what would stop the run before its first step.
+    """
+    c = config.validate()
+    train, val = read_data(c)
+    if train.num_bytes < c.batch_bytes:
+        raise ValueError(f"the corpus has {train.num_bytes} bytes, fewer than one batch of {c.batch_bytes}")
+    device = pick_device(c.device)
+    bf16 = pick_autocast(c.dtype, device) is not None
+    architecture = c.model()
+    found = plan(architecture, c.compression, c.seq_len, c.batch_bytes // c.accumulation, c.optimizer == "muon", bf16)
+    total = sum(s.parameters for s in found.stages)
+    seen = c.steps * c.batch_bytes
+    lines = [
+        f"data       {train.num_bytes:,} bytes in {len(train):,} documents; held out {val.num_bytes:,} in {len(val):,}",
+        f"run        {c.steps:,} steps x {c.batch_bytes:,} bytes = {seen / 1e6:,.1f} MB, {seen / train.num_bytes:.2f} "
+        "passes over the data",
+        f"model      {total / 1e6:,.2f} M parameters, {found.flops_per_byte / 1e6:,.2f} MFLOP a byte (forward and "
+        f"backward, at the target), {found.flops_per_byte * seen:.3g} FLOP in all",
+    ]
+    for s, (stage, share) in enumerate(zip(found.stages, positions_per_byte(c.compression), strict=True)):
+        layout = " / ".join(architecture.layouts(s))
+        lines.append(
+            f"  stage {s}  {layout:16} width {architecture.d_model[s]:5}  {stage.parameters / 1e6:9.2f} M parameters  "
+            f"{1 / share:6.2f} bytes a position  {stage.flops * share / 1e6:9.2f} MFLOP a byte"
+        )
+    lines += [
+        f"memory     {found.state_bytes / 2**20:,.0f} MiB weights, gradients and optimiser; about "
+        f"{found.activation_bytes / 2**20:,.0f} MiB activations on {device} in {'bf16' if bf16 else 'fp32'}",
+        f"schedule   {c.schedule}, peak {c.learning_rate:g}, warm-up {c.warmup} steps",
+        f"           {curve(make_schedule(c), c.steps)}",
+    ]
+    return "\n".join(lines)
+
+
+def curve(schedule: Schedule, steps: int, columns: int = 64) -> str:
+    """The learning rate over the run, in one line."""
+    at = [schedule.factor(min(int((i + 0.5) * steps / columns), steps - 1)) for i in range(columns)]
+    return "".join(BARS[min(int(f * len(BARS)), len(BARS) - 1)] for f in at)

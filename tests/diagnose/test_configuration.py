@@ -1,0 +1,71 @@
+"""Rules that need no step."""
+
+import pytest
+
+from .logs import CONFIG, findings, healthy_rows, write_run
+
+
+def of(tmp_path, **config):
+    return findings(write_run(tmp_path, [], **config) / "config.toml")
+
+
+def test_good_config(tmp_path):
+    assert [n for n, f in of(tmp_path).items() if f.severity != "note"] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "severity"),
+    [
+        ({"warmup_steps": 400}, "warmup_all", "error"),
+        ({"warmup_steps": 200, "decay_fraction": 0.8}, "warmup_decay", "warning"),
+        ({"warmup_steps": 1}, "warmup", "warning"),
+        ({"schedule": "constant"}, "lr_end", "warning"),
+        ({"min_lr": 0.5}, "lr_end", "warning"),
+        ({"learning_rate": 0.02}, "lr_high", "warning"),
+        ({"learning_rate": 3e-3, "lr_multipliers": [3.0, 1.0]}, "lr_high", "warning"),
+        ({"lr_multipliers": [1.0, 2.0]}, "lr_multipliers", "warning"),
+        ({"lr_multipliers": [8.0, 1.0]}, "lr_multipliers", "note"),
+        ({"max_grad_norm": 0.0}, "no_clipping", "warning"),
+        ({"ratio_weight": 0.03}, "ratio_weight", "warning"),
+        ({"compression": [40.0]}, "target_range", "note"),
+        ({"patience": 2}, "patience", "warning"),
+        ({"early_stop_metric": "val_loss"}, "early_stop_metric", "error"),
+        ({"eval_bytes": 1000}, "eval_bytes", "note"),
+        ({"eval_every": 300}, "eval_every", "note"),
+        ({"batch_bytes": 2048}, "small_batch", "note"),
+        ({"split": "tail"}, "split_tail", "warning"),
+        ({"d_model": [256, 256]}, "widths", "warning"),
+    ],
+)
+def test_rules(config, name, severity, tmp_path):
+    assert name not in of(tmp_path / "good") or severity == "note"
+    assert of(tmp_path / "bad", **config)[name].severity == severity
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"optimizer": "muon", "learning_rate": 0.02, "lr_multipliers": []},
+        {"ratio_weight": 0.03, "rate_control": "bias"},
+        {"lr_multipliers": "auto"},
+        {"ratio_weight": "auto"},
+        {"clip": "adaptive", "max_grad_norm": 0.0},
+        {"preset": "of tomorrow"},
+        {"data": "one/path"},
+        {"compression": "1 3 9", "warmup_steps": "many", "patience": "long"},
+    ],
+)
+def test_no_false_alarm_and_no_crash_on_other_values(config, tmp_path):
+    assert [n for n, f in of(tmp_path, **config).items() if f.severity != "note"] == []
+
+
+def test_tables_and_unknown_keys(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("tomorrow = 1\n[train]\nsteps = 100\nwarmup_steps = 100\n[model]\nd_model = [64, 64]\n")
+    assert {"warmup_all", "widths"} <= findings(path).keys()
+
+
+def test_the_log_beats_the_config_where_it_shows_more(tmp_path):
+    """schedule = constant, but the logged rate came down."""
+    assert "lr_end" not in findings(write_run(tmp_path / "a", healthy_rows(), schedule="constant"))
+    assert CONFIG["schedule"] == "wsd"
