@@ -74,7 +74,7 @@ def test_info():
         (["train", "--data", "/nowhere"], "data path /nowhere does not exist"),
         (["train", "none.toml"], "config file none.toml does not exist"),
         (["train", "--data", __file__, "--preset", "huge"], "unknown preset 'huge'"),
-        (["train", "--data", __file__], "cannot hold documents out of 1"),
+        (["train", "--data", __file__, "--documents", "word"], "documents must be one of file, paragraph, line"),
         (["train", "--data", __file__, "--val-data", __file__, "--batch-bytes", "9999999"], "fewer than one batch"),
         (["train", "--data", __file__, "--compression", "1.0"], "compression must be above 1"),
         (["train", "--data", "x", "--compression", "a,b"], "is not a list of float"),

@@ -1,1 +1,1 @@
-"""Bytes in: reading files into documents, packing documents into batches."""
+"""Bytes in: reading files and streams into documents, packing documents into batches."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnet.data.corpus import find_files
+from hnet.data.files import find_files
 
 from .architecture import model_of, parameters
 from .findings import Finding

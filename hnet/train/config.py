@@ -30,14 +30,17 @@ def key(default: Any, help: str) -> Any:
 @dataclass
 class TrainConfig:
     # data
-    data: list[str] = key([], "files or folders to train on; every file is one document")
+    data: list[str] = key([], "files or folders (text, .jsonl, .parquet, also .gz or .zst), or one hf: stream")
     pattern: str = key("*", "which files below the folders, as a glob like '*.py'")
     exclude: list[str] = key([], "names of files or folders below the folders to leave out, as globs")
-    val_data: list[str] = key([], "held-out files or folders; default: a random val_fraction of the documents")
-    val_fraction: float = key(0.05, "share of the bytes held out when val_data is not given")
+    documents: str = key("file", "what a document is in plain text: file, paragraph (up to blank lines) or line")
+    text_key: str = key("text", "where JSONL lines, Parquet rows and streams have their text")
+    val_data: list[str] = key([], "held-out files, folders or hf: stream; default: files named valid*, val*, dev*")
+    val_fraction: float = key(0.05, "share of the bytes held out at random when nothing else says what to hold out")
     seq_len: int = key(1024, "longest sequence in bytes; longer documents are cut")
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding")
-
+    shuffle_bytes: int = key(33554432, "hf: streams are shuffled within windows of this size, which memory must hold")
+    num_workers: int = key(0, "processes that make batches ahead; 0: none, batches are made between steps")
     accumulation: int = key(1, "micro-batches a process runs for one step; batch_bytes is their sum over all processes")
 
     # model

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from hnet.data.corpus import Corpus
+from hnet.data.sources import open_data
+
 from .config import TrainConfig
 from .cost import plan, positions_per_byte
-from .loop import make_schedule, pick_autocast, pick_device, read_data
+from .loop import make_schedule, pick_autocast, pick_device
 from .schedule import Schedule
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -17,9 +20,14 @@ def report(config: TrainConfig) -> str:
         ValueError, FileNotFoundError: what would stop the run before its first step.
     """
     c = config.validate()
-    train, val = read_data(c)
-    if train.num_bytes < c.batch_bytes:
-        raise ValueError(f"the corpus has {train.num_bytes} bytes, fewer than one batch of {c.batch_bytes}")
+    notes: list[str] = []
+    train, val = open_data(c, notes.append)
+    if isinstance(train, Corpus):
+        next(train.windows(None, c.batch_bytes))  # complains of too little
+        amount = f"{train.num_bytes:,} bytes in {len(train):,} documents"
+        passes = f", {c.steps * c.batch_bytes / train.num_bytes:.2f} passes over the data"
+    else:
+        amount, passes = f"the stream {c.data[0]}", ""
     device = pick_device(c.device)
     bf16 = pick_autocast(c.dtype, device) is not None
     architecture = c.model()
@@ -27,9 +35,9 @@ def report(config: TrainConfig) -> str:
     total = sum(s.parameters for s in found.stages)
     seen = c.steps * c.batch_bytes
     lines = [
-        f"data       {train.num_bytes:,} bytes in {len(train):,} documents; held out {val.num_bytes:,} in {len(val):,}",
-        f"run        {c.steps:,} steps x {c.batch_bytes:,} bytes = {seen / 1e6:,.1f} MB, {seen / train.num_bytes:.2f} "
-        "passes over the data",
+        f"data       {amount}; held out {val.num_bytes:,} in {len(val):,}",
+        *(f"           {note}" for note in notes),
+        f"run        {c.steps:,} steps x {c.batch_bytes:,} bytes = {seen / 1e6:,.1f} MB{passes}",
         f"model      {total / 1e6:,.2f} M parameters, {found.flops_per_byte / 1e6:,.2f} MFLOP a byte (forward and "
         f"backward, at the target), {found.flops_per_byte * seen:.3g} FLOP in all",
     ]

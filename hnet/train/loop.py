@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import hnet_kernels as hk
-from hnet.data.corpus import Corpus, read_corpus
 
 from . import checkpoint, distributed
 from .clipping import Clipper
@@ -61,11 +60,6 @@ class Trainer:
         self.world = distributed.join(self.device.type)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
-        micro = config.accumulation * self.world.size
-        if config.batch_bytes % micro:
-            raise ValueError(
-                f"batch_bytes must be a multiple of accumulation x processes = {micro}, got {config.batch_bytes}"
-            )
         self.autocast_dtype = pick_autocast(config.dtype, self.device)
         if self.device.type == "cpu":
             hk.keep_memory()
@@ -73,7 +67,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.task = (make_task or make_hnet_task)(config, self.device, self.autocast, self.world)
+        self.task = (make_task or HNetTask)(config, self.device, self.autocast, self.world)
         self.model = self.task.model
         self.optimizers = Optimizers(self.model, config)
         self.clipper = Clipper(config, self.task.stages, self.device)
@@ -255,6 +249,7 @@ class Trainer:
                 profiler.__exit__(None, None, None)
             if metrics is not None:
                 metrics.close()
+            self.task.stream.close()
         if c.plots and self.world.main:
             self._plot()
         return result
@@ -413,18 +408,6 @@ class Trainer:
             torch.set_rng_state(rng)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
-
-
-def make_hnet_task(config: TrainConfig, device: torch.device, autocast: Callable, world: distributed.World) -> HNetTask:
-    return HNetTask(config, read_data(config), device, autocast, world)
-
-
-def read_data(config: TrainConfig) -> tuple[Corpus, Corpus]:
-    """(training, held-out) documents."""
-    train = read_corpus(config.data, config.pattern, config.exclude)
-    if config.val_data:
-        return train, read_corpus(config.val_data, config.pattern, config.exclude)
-    return train.split(config.val_fraction, config.seed)
 
 
 def make_schedule(c: TrainConfig) -> Schedule:

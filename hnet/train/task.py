@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hnet.data.corpus import Corpus
 from hnet.data.packing import Batch, PackStream, eval_batches
+from hnet.data.sources import open_data
+from hnet.data.workers import with_workers
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
 from hnet.model.isotropic import Isotropic
@@ -42,15 +43,20 @@ class HNetTask:
     def __init__(
         self,
         config: TrainConfig,
-        data: tuple[Corpus, Corpus],
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
         world: World,
     ) -> None:
-        train, self.val = data
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
-        share = config.batch_bytes // (config.accumulation * world.size)
-        self.stream = PackStream(train, config.seq_len, share, config.seed, rank=world.rank, world_size=world.size)
+        packs = config.accumulation * world.size
+        if config.batch_bytes % packs:
+            raise ValueError(
+                f"batch_bytes must be a multiple of accumulation x processes = {packs}, got {config.batch_bytes}"
+            )
+        self.pack_bytes = config.batch_bytes // packs
+        train, self.val = open_data(config, print if world.main else lambda _: None)
+        stream = PackStream(train, config.seq_len, self.pack_bytes, config.seed, world.rank, world.size)
+        self.stream = with_workers(stream, config.num_workers)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
         for m in self.model.modules():
             if isinstance(m, Isotropic):
@@ -63,9 +69,9 @@ class HNetTask:
         self.costs = stage_costs(self.model, config.seq_len)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        c = self.config
+        c, n = self.config, batch.targets.shape[0]
         alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
-        budget = [math.ceil(m * batch.num_targets) for m in c.max_chunks] or None
+        budget = [math.ceil(m * n) for m in c.max_chunks] or None
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
@@ -77,9 +83,9 @@ class HNetTask:
         for i, s in enumerate(result.stages):
             means |= {
                 f"stage{i}/F": s.F, f"stage{i}/G": s.G, f"stage{i}/ratio_loss": s.ratio_loss,
-                f"stage{i}/chunks": s.chunks / batch.num_targets,
-                f"stage{i}/sequences": s.sequences / batch.num_targets,
-                f"stage{i}/dropped": s.dropped / batch.num_targets,
+                f"stage{i}/chunks": s.chunks / n,
+                f"stage{i}/sequences": s.sequences / n,
+                f"stage{i}/dropped": s.dropped / n,
             }  # fmt: skip
         return result.loss, means
 
@@ -114,13 +120,12 @@ class HNetTask:
         """Held-out cross entropy (nats a target), bits per byte, and bytes per chunk of every stage."""
         model.eval()
         c, sums = self.config, torch.zeros(2 + len(self.compression.stages), dtype=torch.float64, device=self.device)
-        share = c.batch_bytes // (c.accumulation * self.world.size)
-        batches = list(eval_batches(self.val, c.seq_len, share, c.eval_bytes))
-        for i in range(self.world.rank, -(-len(batches) // self.world.size) * self.world.size, self.world.size):
-            batch = batches[min(i, len(batches) - 1)].to(self.device)  # fsdp: all go through the model as often
+        share = (self.world.rank, self.world.size)
+        for batch in eval_batches(self.val, c.seq_len, self.pack_bytes, c.eval_bytes, *share):
+            batch = batch.to(self.device)
             _, means = self.loss(model, batch, 0)
             chunks = [means[f"stage{j}/chunks"] for j in range(len(self.compression.stages))]
-            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * (batch.num_targets * (i < len(batches)))
+            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * batch.num_targets
         model.train()
         total, count, *stages = add_up(sums, self.world).tolist()
         result = {"val_ce": total / count, "val_bpb": total / count / math.log(2)}

@@ -16,7 +16,7 @@ from hnet.train.checkpoint import latest_checkpoint, load_trainer, load_weights
 from hnet.train.loop import Trainer
 from hnet.train.metrics import read_metrics
 
-NOT_EXACT = ("time", "bytes_per_second", "data_wait_share", "peak_memory")
+NOT_EXACT = ("time", "bytes_per_second", "flops_per_second", "data_wait_share", "peak_memory")
 
 
 class Killed(BaseException):
