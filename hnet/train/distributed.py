@@ -10,8 +10,10 @@ fsdp  (FSDP2) every Block, and all that is outside of blocks together, is spread
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -61,8 +63,10 @@ def join(device: str) -> World:
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    """Take leave of the other processes; without a word if an error is on its way and NCCL would wait for them."""
+    if dist.is_initialized() and not (sys.exc_info()[0] and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
+        gc.collect()  # gloo's threads must end before Python does, and fsdp's modules hold on to the group in cycles
 
 
 def add_up(x: Tensor, world: World) -> Tensor:
