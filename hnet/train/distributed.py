@@ -121,7 +121,9 @@ def replicate(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
         return model
     # DDP packs gradients anew after the first step, which from three processes on changes the order of sums: a resumed
     # run would differ in the last bit. Looking for unused parameters keeps it from that. Buffers are equal anyway.
-    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=config.deterministic)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its replacement is newer than 2.11
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=config.deterministic)
 
 
 def accumulating(replica: nn.Module, more: bool) -> AbstractContextManager:
@@ -204,7 +206,9 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers, ema: Wei
         p = named[key.partition("/")[2]]
         same = meta.size == p.shape
         tensors[key] = torch.zeros_like(p.detach()) if same else torch.zeros(meta.size, device=p.device)
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)  # every process reads its own rows
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)  # every process reads its own rows
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")

@@ -147,11 +147,12 @@ def ran(tmp_path_factory, one_thread):
 
 
 def close(one: dict, two: dict, names: list[str]) -> None:
-    """The step taken: moments (the clipped gradient) to rounding of the largest of each tensor; weights likewise."""
+    """The moments (the clipped gradient) agree to rounding of the largest value of each tensor, and the weights to a
+    thousandth of the step, 1e-3: AdamW divides by the gradient, whose rounding counts where it is as small as eps."""
     assert one["state"].keys() == two["state"].keys()
     for k, v in one["state"].items():
         error = (v - two["state"][k]).abs().max()
-        assert error <= 1e-5 * v.abs().max() + 1e-12, f"{k}: {error} of {v.abs().max()}"
+        assert error <= (1e-6 if k.startswith("weight/") else 1e-5 * v.abs().max()), f"{k}: {error} of {v.abs().max()}"
     a, b = one["rows"][-1], two["rows"][-1]
     for k in names:
         assert a[k] == pytest.approx(b[k], rel=1e-5), k
@@ -269,7 +270,7 @@ def test_torchrun(config):
     config = dataclasses.replace(config, parallel="fsdp", steps=2)
     path = Path(config.out).parent / "config.toml"
     path.write_text(config.to_toml())
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "hnet", "train"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hnet", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *command, str(path)], env=environment, cwd=ROOT, timeout=120)
     assert result.returncode == 0
