@@ -46,9 +46,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], about:
         write(partial)
         (partial / RUN).write_text(json.dumps({"step": step, **about, **provenance()}, indent=2) + "\n")
         files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {
-            p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files
-        }
+        manifest = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in partial.rglob("*"):
             _flush(path)

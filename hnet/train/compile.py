@@ -26,9 +26,8 @@ def compile_blocks(model: nn.Module) -> None:
         function = getattr(module, name)
         if not hasattr(function, "_torchdynamo_orig_callable"):
             setattr(module, name, torch.compiler.disable(function))
-    for m in model.modules():
-        if isinstance(m, Block):
-            m.forward = _forward(m.forward)
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        block.forward = _forward(block.forward)  # type: ignore[method-assign]
 
 
 def _forward(eager: Callable) -> Callable:

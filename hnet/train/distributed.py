@@ -35,7 +35,6 @@ from .optim import Optimizers
 from .shards import full, sharded
 from .weight_ema import WeightEMA
 
-
 PARTIAL = ".partial_sharded"
 
 
@@ -111,8 +110,8 @@ def shard(model: nn.Module, config: TrainConfig, world: World) -> None:
     mesh = init_device_mesh(device, (world.size,))
     for m in [*(m for m in model.modules() if isinstance(m, Block)), model]:
         # The root too: evaluation would leave it gathered, blind to the averaged weights that come next.
-        m = fully_shard(m, mesh=mesh, reshard_after_forward=True)
-        m.set_force_sum_reduction_for_comms(device == "cpu")  # gloo does not average
+        spread = fully_shard(m, mesh=mesh, reshard_after_forward=True)
+        spread.set_force_sum_reduction_for_comms(device == "cpu")  # gloo does not average
 
 
 def replicate(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
@@ -146,15 +145,15 @@ def snapshot(
         OSError: fsdp, and one process could not write; on all processes.
     """
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    spread, weights, average = sharded(model), None, ema and ema.average
+    spread, weights, average = sharded(model), None, None if ema is None else ema.average
     if spread:
         write_shards(root / PARTIAL, named_state(model, optimizers, ema), world)
         state = {**state, "optimizers": None, "ema": ema and {"updates": ema.updates, "average": None}}
         weights = {k: full(v) for k, v in model.state_dict().items()}
-        average = average and [full(a) for a in average]
+        average = None if ema is None else [full(a) for a in ema.average]
     elif copy:
         state, model = copy_tree(state), deepcopy(model)
-        average = state["ema"] and state["ema"]["average"]
+        average = None if ema is None else state["ema"]["average"]
 
     def write(folder: Path) -> None:
         if spread:
@@ -173,7 +172,7 @@ def snapshot(
 
 def named_state(model: nn.Module, optimizers: Optimizers, ema: WeightEMA | None) -> dict[str, Tensor]:
     """Optimiser state and weight average by kind and parameter: "exp_avg/lm_head.weight"."""
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     moments = (item for part in optimizers.parts for item in part.state.items())
     out = {f"{kind}/{names[p]}": v for p, values in moments for kind, v in values.items()}
     if ema is not None:
@@ -204,8 +203,8 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers, ema: Wei
     tensors: dict[str, Tensor] = {}
     for key, meta in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
         p = named[key.partition("/")[2]]
-        same = meta.size == p.shape
-        tensors[key] = torch.zeros_like(p.detach()) if same else torch.zeros(meta.size, device=p.device)
+        size = meta.size  # type: ignore[union-attr]
+        tensors[key] = torch.zeros_like(p.detach()) if size == p.shape else torch.zeros(size, device=p.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)  # every process reads its own rows

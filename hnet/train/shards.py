@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,18 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def local(x: Tensor) -> Tensor:
+def local(x: Any) -> Tensor:
     """The rows of x that are here, sharing its memory."""
     with torch.no_grad():
         return x.to_local() if hasattr(x, "to_local") else x
 
 
-def full(x: Tensor) -> Tensor:
+def full(x: Any) -> Tensor:
     """All of x, on all processes, who all must ask; on the CPU if it was spread."""
     return x.detach().full_tensor().cpu() if hasattr(x, "full_tensor") else x
 
 
-def like(x: Tensor, other: Tensor) -> Tensor:
+def like(x: Tensor, other: Any) -> Tensor:
     """x, which every process has, spread as `other` is. Sends nothing. Unchanged if it has another shape."""
     if not hasattr(other, "full_tensor") or x.shape != other.shape:
         return x

@@ -7,6 +7,8 @@ import torch
 from hnet.train.loop import Trainer
 from hnet.train.metrics import Reading
 
+from .test_distributed import found, job, run
+
 pytestmark = pytest.mark.slow
 
 
@@ -40,6 +42,18 @@ def test_compiled_blocks_train_alike_and_never_recompile(config, dynamo, change)
 def test_samples_of_a_compiled_model(config, dynamo):
     trainer = Trainer(dataclasses.replace(config, compile=True, sample_bytes=8))
     assert "continuation of" in trainer.task.sample()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_and_recomputed_in_two_processes(config, tmp_path, parallel):
+    config = dataclasses.replace(config, steps=3, dtype="fp32", parallel=parallel, recompute=True)
+    jobs = [
+        job(str(compile), dataclasses.replace(config, compile=compile, out=str(tmp_path / str(compile))), "train")
+        for compile in (True, False)
+    ]
+    assert run(tmp_path, jobs) == [0, 0]
+    a, b = ([r["loss"] for r in found(tmp_path, name)["rows"]] for name in ("True", "False"))
+    assert a == pytest.approx(b, rel=1e-5)
 
 
 @pytest.mark.gpu

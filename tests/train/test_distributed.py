@@ -1,7 +1,6 @@
 """Two real processes over gloo against one. This file is also what those processes run: a list of jobs, one trainer
 each, whose results they leave in files."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -49,7 +48,7 @@ def work(jobs: str, results: str) -> None:
         rank, launch, rows = trainer.world.rank, trainer.launch, []
         at = {int(step): what for step, what in job.get("at", {}).items()}
 
-        def report(row, events, rows=rows):
+        def report(row, events, rows=rows, trainer=trainer):
             rows.append({k: v for k, v in row.items() if k not in NOT_EXACT})
             Trainer._report(trainer, row, events)
 
@@ -159,7 +158,7 @@ def close(one: dict, two: dict, names: list[str]) -> None:
     assert a["grad_norm"] > 2 * STEP["max_grad_norm"]  # clipping did something
 
 
-NAMES = ["bytes", "loss", "ce", "ratio_loss", "grad_norm", "stage0/grad_norm", "stage1/grad_norm", "stage0/F", "stage0/G"]
+NAMES = ["bytes", "loss", "ce", "ratio_loss", "grad_norm", "stage0/grad_norm", "stage1/grad_norm", "stage0/G"]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -236,7 +235,7 @@ def test_a_sharded_checkpoint_is_read_by_one_process_and_by_three(ran, tmp_path)
     equal(saved, state_of(alone))
     alone.train_step()
     model = HNetForCausalLM.from_pretrained(latest_checkpoint(path / "checkpoints"))
-    equal({f"weight/{k}": v for k, v in model.state_dict().items()}, {k: v for k, v in saved.items() if "weight/" in k[:7]})
+    equal(dict(model.state_dict()), {k[7:]: v for k, v in saved.items() if k.startswith("weight/")})
 
     c = dataclasses.replace(c, batch_bytes=768)
     assert run(tmp_path, [job("three", c, "load", resume="latest")], processes=3) == [0, 0, 0]
