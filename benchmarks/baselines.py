@@ -121,10 +121,10 @@ def ema_blocked(z: Tensor, p: Tensor, first: Tensor) -> Tensor:
     n = T // BLOCK
     keep = torch.where(first, 0, 1 - p).view(n, BLOCK)
     steps = keep[:, :, None].expand(n, BLOCK, BLOCK)
-    below = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril(-1)
-    weight = torch.where(below, steps, 1).cumprod(1) * torch.ones(BLOCK, BLOCK).tril()
+    below = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=z.device).tril(-1)
+    weight = torch.where(below, steps, 1).cumprod(1) * torch.ones(BLOCK, BLOCK, device=z.device).tril()
     y = torch.bmm(weight, z.float().view(n, BLOCK, D) * p.view(n, BLOCK, 1))
-    carry_weight, carry, out = keep.cumprod(1)[..., None], torch.zeros(D), []
+    carry_weight, carry, out = keep.cumprod(1)[..., None], torch.zeros(D, device=z.device), []
     for block, w in zip(y, carry_weight, strict=True):
         block = torch.addcmul(block, w, carry)
         carry = block[-1]

@@ -15,8 +15,17 @@ ROWS: list[dict] = []
 def pytest_addoption(parser):
     group = parser.getgroup("hnet benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny shapes and few rounds: does every benchmark run?")
-    group.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json")
+    group.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json; 'card': named after the GPU")
     group.addoption("--rounds", type=int, default=21, help="timed rounds of every race (default 21)")
+    group.addoption("--compile-all", action="store_true", help="on a GPU, race torch.compile on every shape (slow)")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,13 +44,15 @@ def rounds(request, smoke) -> int:
 
 
 @pytest.fixture
-def keep_row():
+def keep_row(request):
     """keep_row(seconds, ours=, **labels): puts one row into the results and prints it."""
 
     def keep(seconds, *, ours: str, bytes: int | None = None, **labels):
         row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
         ROWS.append(row)
         print_row(row)
+        if (path := results_path(request.config)) is not None:  # a run cut short leaves what it measured
+            harness.save(unfinished(path), ROWS, device_of(ROWS))
 
     return keep
 
@@ -61,22 +72,71 @@ def race(benchmark, rounds, keep_row):
     return run
 
 
+@pytest.fixture
+def race_passes(benchmark, rounds, keep_row):
+    """race_passes(contenders, device, forward_bytes=, backward_bytes=, **labels): keeps a row for forward, backward and
+    both, each with a copy of as many bytes."""
+
+    def run(contenders, device: str, *, forward_bytes: int, backward_bytes: int, **labels):
+        torch._dynamo.reset()
+        copy = harness.copy_pass(forward_bytes, backward_bytes, device)
+        laps = harness.race_passes({**contenders, "copy": copy}, rounds, device)
+        counted = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}
+        peaks = {name: lap.peak_bytes for name, lap in laps.items() if lap.peak_bytes is not None and name != "copy"}
+        for direction, size in counted.items():
+            keep_row(
+                {name: getattr(lap, direction) for name, lap in laps.items()}, ours="ours", bytes=size,
+                direction=direction, device=device, copy_bytes=size, peak_bytes=peaks, **labels,
+            )  # fmt: skip
+        ours = contenders["ours"]
+
+        def once():
+            ours.backward(0, ours.forward(0))
+            harness.synchronize(device)
+
+        benchmark.extra_info.update({f"{n} (ms)": round(1e3 * lap.both, 3) for n, lap in laps.items()})
+        benchmark.pedantic(once, rounds=2, iterations=1)
+        return laps
+
+    return run
+
+
 def print_row(row: dict) -> None:
     s, ours = row["seconds"], row["seconds"][row["ours"]]
     others = {n: t for n, t in s.items() if n not in (row["ours"], "copy")}
-    label = " ".join(str(v) for k, v in row.items() if k not in ("ours", "bytes", "seconds", "copy_bytes"))
-    text = f"\n{label}: ours {1e3 * ours:.2f} ms"
+    hidden = ("ours", "bytes", "seconds", "copy_bytes", "peak_bytes")
+    label = " ".join(str(v) for k, v in row.items() if k not in hidden)
+    text = f"\n{label}: ours {1e3 * ours:.3g} ms"
     if row["bytes"] and "copy" in s:
         rate, copy = row["bytes"] / ours / 1e9, row["copy_bytes"] / s["copy"] / 1e9
         text += f" = {rate:.1f} GB/s, {100 * rate / copy:.0f} % of copy"
     for name, t in sorted(others.items(), key=lambda kv: kv[1]):
-        text += f"; {name} {1e3 * t:.2f} ms (x{t / ours:.2f})"
+        text += f"; {name} {1e3 * t:.3g} ms (x{t / ours:.2f})"
     print(text)
 
 
+def device_of(rows: list[dict]) -> str:
+    return "cuda" if any(r.get("device") == "cuda" for r in rows) else "cpu"
+
+
+def results_path(config) -> Path | None:
+    name = config.getoption("--results", None)
+    if name == "card":
+        name = harness.slug(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return None if name is None else harness.RESULTS / (Path(name).stem + ".json")
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_suffix(".unfinished.json")
+
+
 def pytest_sessionfinish(session):
-    name = session.config.getoption("--results", None)
-    if name and ROWS and session.exitstatus == 0:
-        path = harness.RESULTS / (Path(name).stem + ".json")
-        harness.save(path, ROWS)
+    path = results_path(session.config)
+    if path is None or not ROWS:
+        return
+    if session.exitstatus == 0:
+        harness.save(path, ROWS, device_of(ROWS))
+        unfinished(path).unlink(missing_ok=True)
         print(f"\nwrote {path}")
+    else:
+        print(f"\nnot all benchmarks passed: what was measured is in {unfinished(path)}")

@@ -1,7 +1,25 @@
 """Inputs of the op benchmarks: packs whose chunks have a given mean length."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Shape(NamedTuple):
+    T: int
+    D: int
+    chunk: int  # mean positions a chunk
+    N: int = 8
+
+    def __str__(self) -> str:
+        return f"T{self.T}-D{self.D}-chunk{self.chunk}"
+
+
+SMOKE = Shape(512, 64, 5, 4)
+GPU = [Shape(T, D, chunk) for T in (8192, 65536, 262144) for D in (1024, 1536, 2048) for chunk in (3, 6)]
+# Compiling a baseline takes seconds, so torch.compile races on these, on the others with --compile-all.
+COMPILED = {Shape(8192, 1024, 6), Shape(65536, 1024, 6), Shape(262144, 1024, 6)}
 
 
 def ragged(T: int, N: int, seed: int = 0) -> Tensor:
@@ -12,10 +30,16 @@ def ragged(T: int, N: int, seed: int = 0) -> Tensor:
     return cu
 
 
-def qk(T: int, D: int, mean_chunk: float, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def qk(
+    T: int, D: int, mean_chunk: float, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Random q and k whose boundaries come once every `mean_chunk` positions."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(T, D, generator=g)
-    sign = torch.where(torch.rand(T, 1, generator=g) < 1 / mean_chunk, -1.0, 1.0)
-    k = sign * q + 1.5 * torch.randn(T, D, generator=g)
+    g = torch.Generator(device).manual_seed(seed)
+    q = torch.randn(T, D, generator=g, device=device)
+    sign = torch.where(torch.rand(T, 1, generator=g, device=device) < 1 / mean_chunk, -1.0, 1.0)
+    k = sign * q + 1.5 * torch.randn(T, D, generator=g, device=device)
     return q.to(dtype), torch.cat([k[:1], k[:-1]]).to(dtype)
+
+
+def rows(n: int, D: int, dtype: torch.dtype, device: str, grad: bool = False) -> Tensor:
+    return torch.randn(n, D, device=device).to(dtype).requires_grad_(grad)

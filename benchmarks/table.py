@@ -1,6 +1,9 @@
 """Markdown tables from benchmarks/results: `python -m benchmarks.table` rewrites them in README.md and docs.
 
-A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json.
+A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
+`gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
+every row); it stays empty as long as there is no such file. `python -m benchmarks.table NAME` prints one table in full
+(`card`: that of the GPU here).
 """
 
 from __future__ import annotations
@@ -12,11 +15,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+KINDS = ("eager", "compile", "published")
 
 
 def best(seconds: dict[str, float], kind: str) -> float | None:
     return min((t for name, t in seconds.items() if name.startswith(kind)), default=None)
+
+
+def of_copy(row: dict) -> float:
+    """Share of the copy bandwidth of the same run, in percent."""
+    s = row["seconds"]
+    return 100 * (row["bytes"] / s[row["ours"]]) / (row["copy_bytes"] / s["copy"])
+
+
+def against(row: dict, kind: str) -> str:
+    t = best(row["seconds"], kind)
+    return "" if t is None else f"{1e3 * t:.2f} ms ({t / row['seconds'][row['ours']]:.1f}x)"
+
+
+def line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def op_table(rows: list[dict]) -> list[str]:
@@ -25,13 +44,9 @@ def op_table(rows: list[dict]) -> list[str]:
         "|---|--:|---|---|--:|--:|--:|--:|",
     ]
     for r in rows:
-        s, ours = r["seconds"], r["seconds"][r["ours"]]
-        share = (r["bytes"] / ours) / (r["copy_bytes"] / s["copy"])
-        cells = [r["op"], str(r["T"]), r["dtype"], r["direction"], f"{1e3 * ours:.2f} ms", f"{100 * share:.0f} %"]
-        for kind in ("eager", "compile"):
-            t = best(s, kind)
-            cells.append("" if t is None else f"{1e3 * t:.2f} ms ({t / ours:.1f}x)")
-        lines.append("| " + " | ".join(cells) + " |")
+        ours = r["seconds"][r["ours"]]
+        cells = [r["op"], str(r["T"]), r["dtype"], r["direction"], f"{1e3 * ours:.2f} ms", f"{of_copy(r):.0f} %"]
+        lines.append(line([*cells, against(r, "eager"), against(r, "compile")]))
     return lines
 
 
@@ -44,8 +59,11 @@ def step_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-def render(name: str) -> str:
-    data = json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def cpu_section(data: dict) -> str:
     m, rows = data["machine"], data["rows"]
     ops = [r for r in rows if "direction" in r]
     shape = ops[0]
@@ -54,14 +72,103 @@ def render(name: str) -> str:
         f"D = {shape['D']}, {shape['N']} ragged sequences, mean chunk about 5; medians, one run: "
         f"`{m['command']}`."
     )
-    return "\n".join([*op_table(ops), "", about, "", *step_lines([r for r in rows if "direction" not in r]), ""])
+    return "\n".join([*op_table(ops), "", about, "", *step_lines([r for r in rows if "model" in r]), ""])
+
+
+# --- GPU ----------------------------------------------------------------------------------------------------------
+
+
+def peak(row: dict) -> str:
+    """MB above the inputs: ours, and the least of the others."""
+    peaks = row.get("peak_bytes") or {}
+    others = [b for name, b in peaks.items() if name != row["ours"]]
+    if row["ours"] not in peaks:
+        return ""
+    return f"{peaks[row['ours']] / 1e6:.0f}" + (f" / {min(others) / 1e6:.0f}" if others else "")
+
+
+def gpu_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| op | T | D | chunk | | ours | GB/s | of copy | fastest eager | torch.compile | published | peak MB |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        ours = r["seconds"][r["ours"]]
+        cells = [r["op"], *(str(r[k]) for k in ("T", "D", "chunk")), r["direction"], f"{1e3 * ours:.3f} ms"]
+        cells += [
+            f"{r['bytes'] / ours / 1e9:.0f}",
+            f"{of_copy(r):.0f} %",
+            *(against(r, kind) for kind in KINDS),
+            peak(r),
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def graph_lines(rows: list[dict]) -> list[str]:
+    return [
+        f"{r['op'].capitalize()}, T = {r['T']}, D = {r['D']}, forward and backward: "
+        f"{1e6 * r['seconds'][r['ours']]:.0f} us, {r['kernels']} kernel launches."
+        for r in rows
+    ]
+
+
+def decode_lines(rows: list[dict]) -> list[str]:
+    lines = []
+    for r in rows:
+        text = ", ".join(f"{name} {1e6 * t:.0f} us" for name, t in r["seconds"].items())
+        lines.append(f"{r['op'].capitalize()} of {r['B']} sequences, D = {r['D']}: {text}.")
+    return lines
+
+
+def headline(row: dict) -> bool:
+    return row["D"] == 1024 and row["chunk"] == 6
+
+
+def gpu_section(data: dict, full: bool) -> str:
+    m, rows = data["machine"], [r for r in data["rows"] if r.get("device") == "cuda"]
+    ops = [r for r in rows if "direction" in r]
+    shown = [r for r in ops if full or headline(r)]
+    copy = [r["copy_bytes"] / r["seconds"]["copy"] / 1e9 for r in ops]
+    about = (
+        f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, triton {m['triton']}, "
+        f"Python {m['python']}, {m['date']}: `{m['command']}`. bf16, {ops[0]['N']} ragged sequences; medians, cold "
+        f"cache, forward and backward timed apart. Every input counts once and every output once; a copy of as many "
+        f"bytes in the same run moved up to {max(copy):.0f} GB/s. Peak MB: ours / the least of the others."
+    )
+    single = graph_lines([r for r in rows if "kernels" in r]) + decode_lines([r for r in rows if "B" in r])
+    lines = [x for one in single for x in (one, "")]  # a paragraph each
+    return "\n".join([f"### {m['gpu']}", "", *gpu_table(shown), "", about, "", *lines])
+
+
+def gpu_sections(full: bool) -> str:
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json")) if ".unfinished" not in p.name]
+    sections = [gpu_section(data, full) for data in found if "gpu" in data["machine"]]
+    return "\n".join(["", "## Speed on a GPU", "", *sections]) if sections else ""
+
+
+def render(name: str) -> str:
+    if name in ("gpus", "gpus-all"):
+        return gpu_sections(full=name == "gpus-all")
+    data = load(name)
+    return gpu_section(data, full=True) if "gpu" in data["machine"] else cpu_section(data)
 
 
 def update(text: str) -> str:
     return MARK.sub(lambda m: m[1] + render(m[2]) + m[3], text)
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
+    for name in names:
+        if name == "card":
+            import torch
+
+            from .harness import slug
+
+            name = slug(torch.cuda.get_device_name())
+        print(render(name))
+    if names:
+        return 0
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text()
         if (new := update(text)) != text:
@@ -71,4 +178,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

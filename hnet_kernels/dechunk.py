@@ -126,16 +126,23 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dout):
-    dz, dprob, dselected = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, ctx.chosen)
-    dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
+    wanted = ctx.residual_dtype if ctx.needs_input_grad[7] else None
+    widen = (
+        wanted == torch.float32 != dout.dtype
+    )  # an fp32 residual next to 16-bit rows: the kernel writes its gradient
+    dz, dprob, dselected, dresidual = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, widen, ctx.chosen)
+    if not widen:
+        dresidual = None if wanted is None else dout.to(wanted)
     return dz, dprob, dselected, None, None, None, None, dresidual, None
 
 
 # --- schema and shapes --------------------------------------------------------------------------------------------
 
 
-def _dechunk_bwd_fake(dout, z, prob, *_):
-    return z.new_empty(z.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape)
+def _dechunk_bwd_fake(dout, z, prob, *args):
+    widen = args[-2]
+    dresidual = prob.new_empty(dout.shape if widen else 0)
+    return z.new_empty(z.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape), dresidual
 
 
 define(
@@ -148,7 +155,7 @@ define(
 )
 define(
     "dechunk_bwd(Tensor dout, Tensor z, Tensor boundary_prob, Tensor chunk_start, Tensor chunk_index, "
-    "Tensor cu_chunks, Tensor cu_seqlens, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor cu_chunks, Tensor cu_seqlens, bool fp32_residual, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk_bwd(*args[:-1]),
     _dechunk_bwd_fake,
 )

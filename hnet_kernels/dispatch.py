@@ -46,6 +46,11 @@ def backend(name: str) -> Iterator[None]:
         _active = previous
 
 
+def in_force() -> str:
+    """The name the innermost `backend(...)` block set, else HNET_KERNELS_BACKEND, else "auto"."""
+    return _active
+
+
 @functools.cache
 def native_error() -> str | None:
     """Why the native extension cannot be used, or None."""

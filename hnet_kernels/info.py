@@ -49,14 +49,15 @@ def report() -> str:
 
 
 def compile_gate() -> int:
-    """Compile every Triton kernel ahead of time for every target; 1 if one spills or asks for too much shared memory."""
+    """Compile every Triton kernel ahead of time for every target; 1 if one spills or wants too much shared memory."""
     from .triton.aot import compile_all, table
 
     reports = compile_all()
     print(table(reports))
     bad = [r for r in reports if not r.ok]
     for r in bad:
-        print(f"FAILED {r.kernel} {r.dtype} D={r.D} {r.target}: {r.spills} spilled, {r.shared} of {r.limit} B shared")
+        used = f"{r.spills} spilled, {r.shared} of {r.limit} B shared"
+        print(f"FAILED {' '.join(map(str, r.variant))}: {used}")
     print(f"{len(reports)} compiled, {len(bad)} over the limits")
     return int(bool(bad))
 

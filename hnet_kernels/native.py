@@ -99,10 +99,10 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, cos, inv_q, inv_k
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad):
     N, T, D = _sizes(cu_seqlens, q)
     dq, dk = _empty(T, D, dtype=q.dtype), _empty(T, D, dtype=q.dtype)
-    dbias = None if logit_bias is None else _empty(T)
+    dbias = _empty(T) if bias_grad else None
     _call(
         "route_bwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), mask, cos, inv_q, inv_k,
         dprob, dselected, dprob_sum, dq, dk, dbias,
@@ -137,7 +137,7 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
     return out
 
 
-def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
+def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
     N, T, D = _sizes(cu_seqlens, dout)
     M = z.shape[0]
     dz, dprob, dselected = _empty(M, D, dtype=z.dtype), _empty(T), _empty(T)
@@ -145,7 +145,9 @@ def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens):
         "dechunk_bwd", z.dtype, Rows(dout), Rows(z), prob, cu_seqlens, cu_chunks, chunk_start, N, T, M, D,
         dz, dprob, dselected,
     )  # fmt: skip
-    return dz, dprob, dselected
+    dresidual = dout.float() if fp32_residual else _empty(0)
+    dresidual[cu_seqlens[-1].item() :] = 0
+    return dz, dprob, dselected, dresidual
 
 
 def ema(z, p, cu_seqlens, initial_state):

@@ -4,6 +4,8 @@
 
 It equals 1 for every F when G = 1/N, so a loss near 1 does not prove that the target was reached: report F, G and
 bytes per chunk next to it. `route` has already summed p over every sequence, so the loss reads nothing of length T.
+
+Where Triton runs, "batch" and "sequence" are one kernel that also leaves dL/dprob_sum (`triton/ratio_loss.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dispatch
+from .library import define, kernels
 from .types import Routing
 
 REDUCTIONS = ("batch", "sequence", "global")
@@ -65,6 +69,9 @@ def ratio_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if reduction == "global" and not torch.distributed.is_initialized():
         raise RuntimeError("reduction='global' needs an initialised torch.distributed process group")
+    if reduction != "global" and _backend(r.prob_sum) == "triton":
+        sums = (r.prob_sum, r.cu_seqlens, r.cu_chunks)
+        return torch.ops.hnet_kernels.ratio_loss(*sums, n, reduction == "sequence", straight_through, "triton")[0]
     F, G = boundary_fractions(r, reduction=reduction, group=group)
     F = F.detach()
     if straight_through:
@@ -74,6 +81,11 @@ def ratio_loss(
         lengths = r.cu_seqlens[1:] - r.cu_seqlens[:-1]
         return torch.where(lengths > 0, loss, 0).sum() / (lengths > 0).sum().clamp(min=1)
     return loss
+
+
+def _backend(prob_sum: Tensor) -> str:
+    """The backend in force; only triton has a kernel for this, so there is none to miss for the others."""
+    return dispatch.resolve("auto" if dispatch.in_force() == "cuda" else None, "ratio_loss", prob_sum)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -91,3 +103,26 @@ class _AllReduceSum(torch.autograd.Function):
         grad = grad.clone()
         torch.distributed.all_reduce(grad, group=ctx.group)
         return grad, None
+
+
+# --- autograd, schema and shapes of the fused form ----------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the other output's would be zeros, made by a launch
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, dloss, _):
+    return dloss * ctx.saved_tensors[0], None, None, None, None, None, None
+
+
+define(
+    "ratio_loss(Tensor prob_sum, Tensor cu_seqlens, Tensor cu_chunks, float target_ratio, bool by_sequence, "
+    "bool straight_through, str backend) -> (Tensor, Tensor)",
+    lambda *args: kernels(args[-1], "ratio_loss").ratio_loss(*args[:-1]),
+    lambda prob_sum, *_: (prob_sum.new_empty(()), torch.empty_like(prob_sum)),
+    _setup_context,
+    _backward,
+)

@@ -29,7 +29,7 @@ def _check_bias(logit_bias: float | Tensor | None, x: Tensor) -> Tensor | None:
         return None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not isinstance(logit_bias, Tensor):
-        return torch.tensor(logit_bias, dtype=dtype, device=x.device)
+        return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for a GPU
     if logit_bias.dim() != 0 or not logit_bias.dtype.is_floating_point:
         raise ValueError(
             f"logit_bias must be a float or a 0-d float tensor, got {logit_bias.dtype} {tuple(logit_bias.shape)}"
@@ -156,10 +156,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dprob, _mask, dselected, _index, _start, _cu, dprob_sum, *_):
     q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k = ctx.saved_tensors
+    bias_grad = ctx.needs_input_grad[3]
     dq, dk, dbias = torch.ops.hnet_kernels.route_bwd(
-        q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, ctx.chosen
+        q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad, ctx.chosen
     )
-    return dq, dk, None, None if logit_bias is None else dbias, None, None, None, None
+    return dq, dk, None, dbias if bias_grad else None, None, None, None, None
 
 
 # --- schema and shapes --------------------------------------------------------------------------------------------
@@ -179,8 +180,9 @@ def _route_fake(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded, ba
     return f32(T), mask, f32(T), i32(T), i32(M), i32(N + 1), f32(N), i32(), f32(T), f32(T), f32(T)
 
 
-def _route_bwd_fake(q, k, cu_seqlens, logit_bias, *_):
-    dbias = q.new_empty(0 if logit_bias is None else (), dtype=torch.float32)
+def _route_bwd_fake(q, *args):
+    bias_grad = args[-2]
+    dbias = q.new_empty(() if bias_grad else 0, dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape), dbias
 
 
@@ -199,7 +201,8 @@ define(
 )
 define(
     "route_bwd(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor mask, Tensor cos, Tensor inv_q, "
-    "Tensor inv_k, Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor inv_k, Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, bool bias_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "routing").route_bwd(*args[:-1]),
     _route_bwd_fake,
 )

@@ -74,7 +74,7 @@ def test_info():
         (["train", "--data", "/nowhere"], "data path /nowhere does not exist"),
         (["train", "none.toml"], "config file none.toml does not exist"),
         (["train", "--data", __file__, "--preset", "huge"], "unknown preset 'huge'"),
-        (["train", "--data", __file__, "--documents", "word"], "documents must be one of file, paragraph, line"),
+        (["train", "--data", __file__, "--documents", "word"], "is not one of 'file', 'paragraph', 'line'"),
         (["train", "--data", __file__, "--val-data", __file__, "--batch-bytes", "9999999"], "fewer than one batch"),
         (["train", "--data", __file__, "--compression", "1.0"], "compression must be above 1"),
         (["train", "--data", "x", "--compression", "a,b"], "is not a list of float"),
@@ -97,7 +97,7 @@ def test_imports_run_one_way():
 
     root = Path(__file__).parent.parent
     rooms = ["config", "data", "model", "segment", "chunk_lm", "train", "generate", "diagnose", "cli"]
-    allowed_late = {("model", "generate")}  # HNetForCausalLM.generate, imported when called
+    allowed_late = {("model", "generate"), ("chunk_lm", "generate")}  # their generate methods, imported when called
     for path in [*root.glob("hnet_kernels/**/*.py"), *root.glob("hnet/**/*.py")]:
         here = path.relative_to(root).parts
         for node in ast.walk(ast.parse(path.read_text())):

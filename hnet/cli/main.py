@@ -8,6 +8,10 @@ from typing import Any
 
 import click
 
+from hnet.train.chunk_lm_config import ChunkLMTrainConfig
+from hnet.train.config import TrainConfig
+from hnet.train.keys import read_toml
+
 from .diagnose import diagnose, plot
 from .options import ManyValues, config_options, given
 
@@ -42,19 +46,18 @@ def main(traceback: bool) -> None:
     help="Go on from the latest checkpoint of --out, or from the one named; auto: if there is one, else start.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check data and config, show size, cost and schedule; train nothing.")
-@config_options
+@config_options(TrainConfig)
 def train(config: str | None, resume: str | None, dry_run: bool, **options: Any) -> None:
     """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default.
     Many processes: torchrun --nproc-per-node N -m hnet train ..."""
     from hnet.train.checkpoint import list_checkpoints
-    from hnet.train.config import TrainConfig, read_toml
     from hnet.train.distributed import leave
     from hnet.train.loop import Trainer
 
     flags = given(options)
     if config is None and resume not in (None, "auto"):
         config = str(Path(flags.get("out", TrainConfig().out)) / "config.toml")
-    values = TrainConfig(**{**(read_toml(config) if config else {}), **flags})
+    values = TrainConfig(**{**(read_toml(config, TrainConfig) if config else {}), **flags})
     if resume == "auto":
         resume = "latest" if list_checkpoints(Path(values.out) / "checkpoints") else None
     if dry_run:
@@ -119,6 +122,45 @@ def segment(model: str, file: Any, count: int, stage: int) -> None:
     console.print(
         render_rich(text, starts[stage]) if console.is_terminal else render_plain(text, starts[stage]), markup=False
     )
+
+
+@main.command("train-chunk-lm", cls=ManyValues)
+@click.argument("config", required=False, type=click.Path(dir_okay=False))
+@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint.")
+@config_options(ChunkLMTrainConfig, {"accumulation": ["--accum-steps"], "learning_rate": ["--lr"]})
+def train_chunk_lm(config: str | None, resume: bool, **options: Any) -> None:
+    """Train a ChunkLM, the spectral byte model. CONFIG is a TOML file with the keys below; flags beat it."""
+    from hnet.train.chunk_lm_task import ChunkLMTask
+    from hnet.train.loop import Trainer
+
+    values = read_toml(config, ChunkLMTrainConfig) if config else {}
+    Trainer(ChunkLMTrainConfig(**{**values, **given(options)}), resume=resume, make_task=ChunkLMTask).train()
+
+
+@main.command("generate-chunk-lm")
+@click.argument("model", type=click.Path())
+@click.option("--prompt", help="Text to continue; default: standard input.")
+@click.option("--max-new-bytes", default=256, show_default=True)
+@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--top-p", default=0.95, show_default=True)
+@click.option("--repetition-penalty", default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Makes the text repeatable.")
+@click.option("--stateful", is_flag=True, help="Remember the text beyond the window (causal or spectral-state models).")
+def generate_chunk_lm(model: str, prompt: str | None, **options: Any) -> None:
+    """Continue a prompt with a ChunkLM. MODEL is a run directory, a checkpoint, or a --ckpt file."""
+    from hnet.chunk_lm import ChunkLM
+    from hnet.generate.chunk_lm import generate_text
+    from hnet.train.checkpoint import latest_checkpoint
+
+    if prompt is None:
+        prompt = sys.stdin.read()
+    root = Path(model) / "checkpoints"
+    lm = ChunkLM.from_pretrained(latest_checkpoint(root) if root.is_dir() else model)
+    click.echo(prompt, nl=False)
+    for piece in generate_text(lm, prompt, **options):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
 
 
 main.add_command(plot)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hnet.train.config import fields
+from hnet.train.keys import fields
 
 _TYPES = {"int": int, "float": float, "str": str}
 
@@ -78,19 +78,28 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def config_options(command: Callable) -> Callable:
-    """One option for each field of TrainConfig, absent unless given (file and defaults decide then)."""
-    for f in reversed(fields()):
-        kind = str(f.type)
-        default = f.default_factory() if callable(f.default_factory) else f.default
-        name = f"--{f.name.replace('_', '-')}"
-        text = f.metadata["help"] + (f"  [default: {_show(default)}]" if default not in ("", []) else "")
-        if kind == "bool":
-            option = click.option(f"{name}/--no-{name[2:]}", f.name, default=None, help=text)
-        else:
-            option = click.option(name, f.name, type=_click_type(kind), default=None, help=text)
-        command = option(command)
-    return command
+def config_options(cls: Any, aliases: dict[str, list[str]] | None = None) -> Callable:
+    """One option for each field of the dataclass, absent unless given (file and defaults decide then). `aliases` are
+    more flags for a field."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed([_option(f, (aliases or {}).get(f.name, [])) for f in fields(cls)]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _option(f: Any, aliases: list[str]) -> Callable:
+    kind = str(f.type)
+    default = f.default_factory() if callable(f.default_factory) else f.default
+    name = f"--{f.name.replace('_', '-')}"
+    text = f.metadata["help"] + (f"  [default: {_show(default)}]" if default not in ("", []) else "")
+    if kind == "bool":
+        return click.option(f"{name}/--no-{name[2:]}", f.name, default=None, help=text)
+    choices = f.metadata["choices"]
+    wanted = click.Choice(choices) if choices else _click_type(kind)
+    return click.option(name, *aliases, f.name, type=wanted, default=None, help=text)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -96,13 +96,22 @@ def attention(qk: Tensor, v: Tensor, pack: Pack, window: int) -> Tensor:
     qk (T, 2, heads, head_dim), v (T, heads, head_dim) -> (T, heads, head_dim); padding rows of a budget give 0.
     """
     if v.is_cuda and v.dtype in (torch.bfloat16, torch.float16) and (varlen := _cuda_varlen()) is not None:
-        return varlen(*qk.unbind(1), v, pack, window)
+        return _unpadded(varlen, qk, v, pack, window)
     if not pack.groups.shapes:
         return torch.zeros_like(v)
     if v.device.type == "cpu":  # bf16 attention is several times slower there
         with torch.autocast("cpu", enabled=False):
             return _by_length(qk.float(), v.float(), pack, window).to(v.dtype)
     return _by_length(qk, v, pack, window)
+
+
+def _unpadded(varlen, qk: Tensor, v: Tensor, pack: Pack, window: int) -> Tensor:
+    """Such kernels neither read nor write padding rows, forward or backward: those would hold what memory held."""
+    if not pack.padded:
+        return varlen(*qk.unbind(1), v, pack, window)
+    real = (pack.seq_idx < pack.N)[:, None, None]
+    qk, v = torch.where(real[:, None], qk, 0), torch.where(real, v, 0)
+    return torch.where(real, varlen(*qk.unbind(1), v, pack, window), 0)
 
 
 def _by_length(qk: Tensor, v: Tensor, pack: Pack, window: int) -> Tensor:

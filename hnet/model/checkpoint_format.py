@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_pretrained(model: HNetForCausalLM, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
+def save_pretrained(model: Any, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """config.json and model.safetensors; each appears complete or not at all. `state`: instead of the model's own."""
     from safetensors.torch import save_file
 
@@ -90,7 +90,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): v.detach() for k, v in state.items()}
 
 
-def load_state(model: HNetForCausalLM, state: dict[str, Tensor], where: str) -> None:
+def load_state(model: Any, state: dict[str, Tensor], where: str) -> None:
     """Copy `state` into the model, exactly: every parameter once, every shape right."""
     own = model.state_dict()
     if model.config.tie_embeddings:

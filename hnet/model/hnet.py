@@ -92,7 +92,7 @@ class HNet(nn.Module):
             max_chunks=budget, padded=max_chunks is not None and self.stage > 0,
         )  # fmt: skip
         z = hk.pool(x, r)
-        inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen)
+        inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen, padded=budget is not None)
         z, routings = self.main_network(z, inner, max_chunks, cache and cache.inner, slots)
         y = hk.dechunk(z, r, residual)
         if cache is not None and cache.route is not None and slots is not None:

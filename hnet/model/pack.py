@@ -23,12 +23,14 @@ class Pack:
     """N sequences end to end in T rows. Rows from cu_seqlens[-1] on, if any, are padding (a budgeted inner stage).
 
     cu_seqlens: (N+1,) int32.  max_seqlen: an upper bound on sequence length, known without reading the device.
+    padded: there may be padding rows.
     Everything else is computed when first asked for and shared by all layers of the stage.
     """
 
-    def __init__(self, cu_seqlens: Tensor, T: int, max_seqlen: int | None = None) -> None:
+    def __init__(self, cu_seqlens: Tensor, T: int, max_seqlen: int | None = None, padded: bool = False) -> None:
         self.cu_seqlens = cu_seqlens
         self.T = T
+        self.padded = padded
         self.max_seqlen = T if max_seqlen is None else max_seqlen
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import TrainConfig
+from .config import RunConfig
 from .shards import local
 
 AT_LEAST = 20  # norms before a percentile means anything
@@ -36,7 +36,7 @@ class Clipper:
     """Scales the gradients of every stage. `adaptive` keeps the last norms of each stage and clips to a percentile of
     them; until there are enough, and in `norm`, the norm of all stages together is clipped to max_grad_norm."""
 
-    def __init__(self, config: TrainConfig, stages: list[list[nn.Parameter]], device: torch.device) -> None:
+    def __init__(self, config: RunConfig, stages: list[list[nn.Parameter]], device: torch.device) -> None:
         self.config, self.stages, self.device = config, stages, device
         self.count = 0
         self.history = torch.full((config.clip_window, len(stages)), float("nan"), device=device)

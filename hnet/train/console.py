@@ -12,9 +12,10 @@ LOG_SECONDS = 15.0
 
 
 class TrainConsole:
-    def __init__(self, steps: int, done: int, *, quiet: bool = False) -> None:
+    def __init__(self, steps: int, done: int, *, quiet: bool = False, plain: bool = True) -> None:
+        """plain: in a log, where no line can be live, print one every 15 s."""
         self.console = Console(highlight=False, quiet=quiet)
-        self.steps = steps
+        self.steps, self.plain = steps, plain
         self.live = self.console.is_terminal
         self.progress = Progress(
             BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
@@ -38,11 +39,12 @@ class TrainConsole:
 
     def update(self, row: dict[str, Any]) -> None:
         chunks = ", ".join(f"{v:.2f}" for k, v in row.items() if k.endswith("/bytes_per_chunk"))
+        chunks = f"bytes/chunk {chunks}" if chunks else f"cutoff {row.get('cutoff')}"
         speed = row["bytes_per_second"] / 1e3
-        text = f"loss {row['loss']:.3f}  bpb {row['bpb']:.3f}  bytes/chunk {chunks}  {speed:.1f} kB/s"
+        text = f"loss {row['loss']:.3f}  bpb {row['bpb']:.3f}  {chunks}  {speed:.1f} kB/s"
         self.progress.update(self.task, completed=row["step"], text=text)
         now = time.monotonic()
-        if not self.live and (now - self.logged > LOG_SECONDS or row["step"] == self.steps):
+        if self.plain and not self.live and (now - self.logged > LOG_SECONDS or row["step"] == self.steps):
             left = (now - self.begin) / max(row["step"] - self.first, 1) * (self.steps - row["step"])
             self.say(f"step {row['step']}/{self.steps}  {text}  ETA {int(left) // 60}:{int(left) % 60:02d}")
             self.logged = now

@@ -30,7 +30,7 @@ from hnet.model.checkpoint_format import save_pretrained
 from hnet.model.isotropic import Block
 
 from .checkpoint import EMA, SHARDED, TRAINER
-from .config import TrainConfig
+from .config import RunConfig
 from .optim import Optimizers
 from .shards import full, sharded
 from .weight_ema import WeightEMA
@@ -89,7 +89,7 @@ def gather(value: Any, world: World) -> list[Any]:
     return out
 
 
-def shard(model: nn.Module, config: TrainConfig, world: World) -> None:
+def shard(model: nn.Module, config: RunConfig, world: World) -> None:
     """With fsdp: spread the parameters over the processes, in place. Before anyone takes hold of them.
 
     Raises:
@@ -114,10 +114,12 @@ def shard(model: nn.Module, config: TrainConfig, world: World) -> None:
         spread.set_force_sum_reduction_for_comms(device == "cpu")  # gloo does not average
 
 
-def replicate(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """What the loop calls: the model itself, or DDP around it."""
     if world.size == 1 or sharded(model):
         return model
+    if config.parallel == "fsdp":
+        raise ValueError("parallel 'fsdp' cannot shard this model: use 'ddp'")
     # DDP packs gradients anew after the first step, which from three processes on changes the order of sums: a resumed
     # run would differ in the last bit. Looking for unused parameters keeps it from that. Buffers are equal anyway.
     with warnings.catch_warnings():

@@ -20,7 +20,7 @@ import hnet_kernels as hk
 
 from . import checkpoint, distributed
 from .clipping import Clipper
-from .config import TrainConfig
+from .config import RunConfig
 from .console import TrainConsole
 from .cost import peak_flops
 from .guards import Event, Guards, RunFailed
@@ -52,9 +52,9 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
+        self, config: RunConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
     ) -> None:
-        self.config = config.validate()
+        self.config = config.validate()  # type: ignore[attr-defined]
         self.out = Path(config.out)
         self.device = pick_device(config.device)
         self.world = distributed.join(self.device.type)
@@ -67,9 +67,10 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.task = (make_task or HNetTask)(config, self.device, self.autocast, self.world)
+        task: Any = make_task or HNetTask
+        self.task = task(config, self.device, self.autocast, self.world)
         self.model = self.task.model
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config, self.task.multipliers, getattr(config, "router_lr", 1.0))
         self.clipper = Clipper(config, self.task.stages, self.device)
         self.schedule = make_schedule(config)
         self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
@@ -164,7 +165,7 @@ class Trainer:
         if not math.isfinite(row["loss"]):
             return events
         events += self.task.observe(row)
-        if any(e.name == "cutoff_raised" for e in events) and c.schedule == "restarts":
+        if any(e.name == "cutoff_raised" for e in events):
             self.schedule.restart(self.step)
         if c.schedule == "plateau" or c.restart_on_plateau:
             self.plateau.observe(row["ce"])
@@ -203,7 +204,7 @@ class Trainer:
         result: dict[str, float] = {}
         profiler = self._profiler()
         try:
-            with TrainConsole(c.steps, self.step, quiet=not self.world.main) as console:
+            with TrainConsole(c.steps, self.step, quiet=not self.world.main, plain=not self.task.prints) as console:
                 self.console, self.metrics = console, metrics
                 if self.step == 0:
                     result = self.evaluate()
@@ -290,8 +291,17 @@ class Trainer:
         c = self.config
         for e in events:
             self._write({"step": row["step"], "event": e.name, "message": e.message})
-            self.console.event(row["step"], e.message)
-        if row["step"] == c.steps or row["step"] % c.log_every == 0 or "val_bpb" in row or self.stop:
+            if e.name != "cutoff_raised":  # which the task prints
+                self.console.event(row["step"], e.message)
+        for line in self.task.lines(row, events):
+            self.console.say(line)
+        if (
+            row["step"] == c.steps
+            or self.task.prints
+            or row["step"] % c.log_every == 0
+            or "val_bpb" in row
+            or self.stop
+        ):
             self._write(row)
         if "val_bpb" in row:
             self.console.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
@@ -347,6 +357,7 @@ class Trainer:
             path = checkpoint.save_checkpoint(root, step, write, about, keep)
             if best:
                 checkpoint.mark_best(path)
+            self.task.saved(path, step)
 
         if self.world.main:
             if self.config.async_checkpoints:
@@ -410,7 +421,7 @@ class Trainer:
                 torch.cuda.set_rng_state(cuda, self.device)
 
 
-def make_schedule(c: TrainConfig) -> Schedule:
+def make_schedule(c: RunConfig) -> Schedule:
     return Schedule(
         c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
         min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,

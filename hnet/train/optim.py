@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
-from hnet.architecture import lr_multipliers
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.mamba2 import Mamba2
 
-from .config import TrainConfig
+from .config import RunConfig
 from .shards import like
 
 
@@ -27,32 +28,30 @@ def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool
     return parameter.dim() == 2 and (embeddings or not name.startswith("embeddings."))
 
 
-def muon_parameters(model: HNetForCausalLM) -> set[int]:
+def muon_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters Muon orthogonalises: matrices inside blocks. Not embeddings and head, not the router (its
     identity start matters), not Mamba's in_proj, which stacks five different maps and did worse than under AdamW."""
+    in_block = re.compile(r"(\.layers|^blocks)\.\d+\.")
     stacked = {id(m.in_proj.weight) for m in model.modules() if isinstance(m, Mamba2)}
-    matrices = (p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    matrices = (p for name, p in model.named_parameters() if in_block.search(name) and p.dim() == 2)
     return {id(p) for p in matrices} - stacked
 
 
 class Optimizers:
     """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate."""
 
-    def __init__(self, model: HNetForCausalLM, config: TrainConfig) -> None:
-        multipliers = config.lr_multipliers or [1.0] * model.config.num_stages
-        if isinstance(multipliers, str):
-            multipliers = lr_multipliers(model.config, config.compression)
+    def __init__(self, model: nn.Module, config: RunConfig, multipliers: list[float], router_lr: float = 1.0) -> None:
+        """multipliers: learning-rate factor of every stage; router_lr: of routing projections, on top."""
         groups: dict[tuple, list[nn.Parameter]] = {}
         for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
         for name, p in model.named_parameters():
-            groups.setdefault((id(p) in for_muon, stage_of(name), decays(name, p, config.decay_embeddings)), []).append(
-                p
-            )
+            kind = (id(p) in for_muon, stage_of(name), ".routing_module." in name)
+            groups.setdefault((*kind, decays(name, p, config.decay_embeddings)), []).append(p)
         adam: list[dict] = []
         muon: list[dict] = []
-        for (is_muon, stage, decay), params in groups.items():
-            lr = config.learning_rate * multipliers[stage]
-            group = {"params": params, "lr": lr, "peak": lr, "stage": stage}
+        for (is_muon, stage, router, decay), params in groups.items():
+            lr = config.learning_rate * multipliers[stage] * (router_lr if router else 1.0)
+            group = {"params": params, "lr": lr, "peak": lr, "stage": stage, "router": router}
             group["weight_decay"] = config.weight_decay if decay else 0.0
             (muon if is_muon else adam).append(group)
         self.parts: list[torch.optim.Optimizer] = [
@@ -66,7 +65,7 @@ class Optimizers:
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = group["peak"] * factor
-        return {g["stage"]: g["lr"] for g in self.parts[0].param_groups}
+        return {g["stage"]: g["lr"] for g in self.parts[0].param_groups if not g["router"]}
 
     def step(self, finite: Tensor) -> None:
         """One update, or none at all where `finite` () bool is false: on a CPU by looking, on a GPU without waiting.

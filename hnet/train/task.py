@@ -1,11 +1,14 @@
-"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (hnet/chunk_lm/task.py) is like it:
+"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (chunk_lm_task.py) is like it:
 
 model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
+multipliers               learning-rate factor of every stage
 loss(model, batch, step)  what to minimise and () tensors to average over the step
 after_step(step, means)   what moves after every step, on the device
 row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
 observe(row)              what moves by the numbers of a finished step; events
 evaluate(), sample()      held-out cross entropy, a text to look at
+prints, lines(row, events)  whether it prints rows itself, and what
+saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
 """
 
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hnet.architecture import lr_multipliers
 from hnet.data.packing import Batch, PackStream, eval_batches
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
@@ -40,6 +44,8 @@ from .shards import all_like
 
 
 class HNetTask:
+    prints = False
+
     def __init__(
         self,
         config: TrainConfig,
@@ -65,6 +71,8 @@ class HNetTask:
             compile_blocks(self.model)
         shard(self.model, config, world)
         self.stages = stage_parameters(self.model)
+        chosen = config.lr_multipliers or [1.0] * len(self.stages)
+        self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(chosen, str) else chosen
         self.compression = Compression(config, self.model)
         self.costs = stage_costs(self.model, config.seq_len)
 
@@ -144,6 +152,12 @@ class HNetTask:
             parts.append(f"--- chunks of stage {i}\n{render_plain(held_out[: 4 * c.sample_bytes], starts)}")
         self.model.train()
         return "\n".join(parts) + "\n"
+
+    def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
+        return []
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        pass
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
         load_state(self.model, all_like(state, self.model.state_dict()), str(where))

@@ -1,2 +1,15 @@
-"""GPU kernels in Triton, one file an op. Each holds its kernels, the functions the op calls (the same names and
-arguments as in `native.py`), and `KERNELS`, which says how every kernel is launched: `aot.py` compiles exactly those."""
+"""GPU kernels in Triton, one file an op. Each holds its kernels, the functions the op calls (same names and arguments
+as in `native.py`), and `KERNELS`, which says how every kernel is launched: `aot.py` compiles exactly those.
+
+What one stage launches, forward and backward, with max_chunks (tests/kernels/test_triton_launches.py counts it):
+
+    route                forward 3: probabilities; budget; compaction     backward 1
+    pool (boundary)      forward 1                                        backward 1
+    dechunk              forward 1                                        backward 2: tiles; sums over column blocks
+    ratio_loss           forward 1                                        backward 1: a multiplication
+    in all               6                                                5
+
+and one more for a logit_bias: filling a tensor with a float, or summing the gradient of a learned one. A residual in
+the dtype of the rows gets dout itself as its gradient, an fp32 one next to 16-bit rows is written by the dechunk
+backward. Nothing waits for the device, and all shapes are static.
+"""

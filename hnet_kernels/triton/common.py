@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +18,46 @@ from hnet_kernels.dispatch import triton_interpreted
 INTERPRETED = triton_interpreted()
 
 
+Plan = Callable[[int, torch.dtype, str], tuple[dict[str, Any], dict[str, int]]]
+
+
+@functools.cache
+def target(device: torch.device) -> str:
+    """Which of the targets of the compile gate (`aot.TARGETS`) stands for this device."""
+    if device.type == "cpu":  # the interpreter
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How a kernel is launched for rows of width D: what the launcher uses and what the compile gate builds.
 
-    args: the run-time arguments in order, name to type: "*T" a pointer to rows of the op's dtype, else as Triton writes
-    it ("*fp32", "i32"). plan(D, dtype): its constexprs and options (num_warps, num_stages).
+    args: the run-time arguments in order, name to type: "*T" a pointer to rows of the op's dtype, "*R" to rows of that
+    dtype or fp32, else as Triton writes it ("*fp32", "i32"). plan(D, dtype, target): its constexprs and options
+    (num_warps, num_stages).
     """
 
     fn: Any
     args: dict[str, str]
-    plan: Callable[[int, torch.dtype], tuple[dict[str, Any], dict[str, int]]]
+    plan: Plan
 
-    def launch(self, grid: tuple[int, ...], *args: Any, D: int, dtype: torch.dtype, **constexprs: Any) -> None:
+    def blocks(self, x: Tensor, D: int) -> dict[str, Any]:
+        """The constexprs planned for rows of width D like those of `x`."""
+        return self.plan(D, x.dtype, target(x.device))[0]
+
+    def launch(self, grid: tuple[int, ...], like: Tensor, D: int, *args: Any, **constexprs: Any) -> None:
+        """Launches on the device of `like`, as planned for rows of its dtype and width D."""
         if 0 in grid:
             return
-        planned, options = self.plan(D, dtype)
+        planned, options = self.plan(D, like.dtype, target(like.device))
         flat = [a.view(torch.uint8) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
-        self.fn[grid](*flat, **{**planned, **constexprs}, **options)
+        elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
+        with torch.cuda.device(like.device) if elsewhere else nullcontext():
+            self.fn[grid](*flat, **{**planned, **constexprs}, **options)
 
 
 def rows(x: Tensor | None) -> Tensor | None:
@@ -69,7 +93,7 @@ def sequence_of(t, cu_seqlens, N, steps):
 
 @triton.jit
 def to_dot(x, DOT: tl.constexpr):
-    """x as a matrix-product operand. DOT is the row dtype, or fp32 in the interpreter, whose bf16 products are wrong."""
+    """x as an operand of `tl.dot`. DOT is the row dtype, or fp32 in the interpreter, whose bf16 products are wrong."""
     return x.to(DOT)
 
 
@@ -91,9 +115,9 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     return tl.float32 if INTERPRETED else _TL[dtype]
 
 
-def dot_precision() -> str:
+def dot_precision(gpu: str) -> str:
     """For fp32 operands: three TF32 products where tensor cores have them, true fp32 elsewhere."""
-    return "ieee" if INTERPRETED or torch.version.hip else "tf32x3"
+    return "ieee" if INTERPRETED or gpu.startswith("gfx") else "tf32x3"
 
 
 def block_columns(D: int, most: int) -> int:

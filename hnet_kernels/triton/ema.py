@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .common import Kernel, block_columns, dot_precision, empty, rows, search_steps, sequence_of, stride
 
-BLOCK_T = 64
+BLOCK_T = 32  # positions of a tile
 
 
 @triton.jit
@@ -178,12 +178,19 @@ def _ema_bwd_kernel(
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-def _plan(**constexprs):
-    def plan(D, dtype):
-        return {"D": D, **constexprs, "BLOCK": BLOCK_T, "BLOCK_D": block_columns(D, 64)}, {
-            "num_warps": 4,
-            "num_stages": 1,
-        }
+def _plan(precise: bool, **constexprs):
+    def plan(D, dtype, gpu):
+        width, warps = (64, 4) if gpu == "gfx942" else (128, 8)
+        constants = {"D": D, **constexprs, "BLOCK": BLOCK_T, "BLOCK_D": block_columns(D, width)}
+        return constants | ({"PRECISION": dot_precision(gpu)} if precise else {}), {"num_warps": warps, "num_stages": 1}
+
+    return plan
+
+
+def _carry_plan(reverse: bool):
+    def plan(D, dtype, gpu):
+        constants = {"D": D, "REVERSE": reverse, "PRECISION": dot_precision(gpu), "BLOCK": 64}
+        return constants | {"BLOCK_D": block_columns(D, 32)}, {"num_warps": 8, "num_stages": 1}
 
     return plan
 
@@ -191,27 +198,27 @@ def _plan(**constexprs):
 SIZES = {"T": "i32", "N": "i32", "steps": "i32"}
 TILE_ARGS = {
     "rows": "*T", "p": "*fp32", "cu_seqlens": "*i32", "edge": "*fp32", "decay": "*fp32", "added": "*fp32", **SIZES,
-    "row_stride": "i64",
+    "row_stride": "i32",
 }  # fmt: skip
 CARRY_ARGS = {"decay": "*fp32", "added": "*fp32", "carry": "*fp32", "tiles": "i32"}
-TILE = {r: Kernel(_ema_tile_kernel, TILE_ARGS, _plan(HAS_EDGE=True, REVERSE=r)) for r in (False, True)}
-CARRY = {r: Kernel(_ema_carry_kernel, CARRY_ARGS, _plan(REVERSE=r, PRECISION=dot_precision())) for r in (False, True)}
+TILE = {r: Kernel(_ema_tile_kernel, TILE_ARGS, _plan(False, HAS_EDGE=True, REVERSE=r)) for r in (False, True)}
+CARRY = {r: Kernel(_ema_carry_kernel, CARRY_ARGS, _carry_plan(r)) for r in (False, True)}
 FWD = Kernel(
     _ema_fwd_kernel,
     {
         "z": "*T", "p": "*fp32", "cu_seqlens": "*i32", "initial": "*fp32", "carry": "*fp32", "y": "*T",
-        "final": "*fp32", **SIZES, "z_stride": "i64",
+        "final": "*fp32", **SIZES, "z_stride": "i32",
     },
-    _plan(HAS_INITIAL=True, PRECISION=dot_precision()),
+    _plan(True, HAS_INITIAL=True),
 )  # fmt: skip
 BWD = Kernel(
     _ema_bwd_kernel,
     {
         "dy": "*T", "dfinal": "*fp32", "z": "*T", "p": "*fp32", "cu_seqlens": "*i32", "initial": "*fp32",
         "carry": "*fp32", "carry_g": "*fp32", "dz": "*T", "dp_part": "*fp32", "dinitial": "*fp32", **SIZES,
-        "dy_stride": "i64", "z_stride": "i64",
+        "dy_stride": "i32", "z_stride": "i32",
     },
-    _plan(HAS_DFINAL=True, HAS_INITIAL=True, PRECISION=dot_precision()),
+    _plan(True, HAS_DFINAL=True, HAS_INITIAL=True),
 )  # fmt: skip
 KERNELS = {
     "ema_tile": TILE[False],
@@ -223,16 +230,20 @@ KERNELS = {
 }
 
 
+def _columns(kernel, x):
+    return triton.cdiv(x.shape[1], kernel.blocks(x, x.shape[1])["BLOCK_D"])
+
+
 def _entering(x, p, cu_seqlens, edge, reverse):
     """(tiles, D) fp32: the state entering every tile."""
     (T, D), N = x.shape, cu_seqlens.shape[0] - 1
-    tiles, columns = triton.cdiv(T, BLOCK_T), triton.cdiv(D, block_columns(D, 64))
+    tiles = triton.cdiv(T, BLOCK_T)
     decay, added, carry = empty(x, tiles), empty(x, tiles, D), empty(x, tiles, D)
     TILE[reverse].launch(
-        (tiles, columns), x, p, cu_seqlens, edge, decay, added, T, N, search_steps(N), stride(x), D=D, dtype=x.dtype,
-        HAS_EDGE=edge is not None,
+        (tiles, _columns(TILE[reverse], x)), x, D, x, p, cu_seqlens, edge, decay, added, T, N, search_steps(N),
+        stride(x), HAS_EDGE=edge is not None,
     )  # fmt: skip
-    CARRY[reverse].launch((columns,), decay, added, carry, tiles, D=D, dtype=x.dtype)
+    CARRY[reverse].launch((_columns(CARRY[reverse], x),), x, D, decay, added, carry, tiles)
     return carry
 
 
@@ -245,8 +256,8 @@ def ema(z, p, cu_seqlens, initial_state):
     if T:
         carry = _entering(z, p, cu_seqlens, initial, reverse=False)
         FWD.launch(
-            (carry.shape[0], triton.cdiv(D, block_columns(D, 64))), z, p, cu_seqlens, initial, carry, y, final,
-            T, N, search_steps(N), stride(z), D=D, dtype=z.dtype, HAS_INITIAL=initial is not None,
+            (carry.shape[0], _columns(FWD, z)), z, D, z, p, cu_seqlens, initial, carry, y, final,
+            T, N, search_steps(N), stride(z), HAS_INITIAL=initial is not None,
         )  # fmt: skip
     return y, final
 
@@ -256,7 +267,7 @@ def ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state):
     dy, z, p, cu_seqlens = rows(dy), rows(z), p.contiguous(), cu_seqlens.contiguous()
     initial = None if initial_state is None else initial_state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    columns = triton.cdiv(D, block_columns(D, 64))
+    columns = _columns(BWD, z)
     dz, dp_part = empty(z, T, D, dtype=z.dtype), empty(z, columns, T)
     dinitial = empty(z, 0)
     if initial is not None:
@@ -265,8 +276,8 @@ def ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state):
         carry = _entering(z, p, cu_seqlens, initial, reverse=False)
         carry_g = _entering(dy, p, cu_seqlens, dfinal, reverse=True)
         BWD.launch(
-            (carry.shape[0], columns), dy, dfinal, z, p, cu_seqlens, initial, carry, carry_g, dz, dp_part, dinitial,
-            T, N, search_steps(N), stride(dy), stride(z), D=D, dtype=z.dtype,
+            (carry.shape[0], columns), z, D, dy, dfinal, z, p, cu_seqlens, initial, carry, carry_g, dz, dp_part,
+            dinitial, T, N, search_steps(N), stride(dy), stride(z),
             HAS_DFINAL=dfinal is not None, HAS_INITIAL=initial is not None,
         )  # fmt: skip
     return dz, dp_part.sum(0), dinitial

@@ -1,10 +1,11 @@
-"""Pooling on a GPU. boundary and last copy rows; mean and max walk the rows of a chunk. The backward writes every row of
-dx once, zeros included."""
+"""Pooling on a GPU. boundary and last copy rows; mean and max walk the rows of a chunk. The backward writes every row
+of dx once, zeros included."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import Kernel, block_columns, empty, rows, stride
 
@@ -48,7 +49,7 @@ def _pool_reduce_kernel(
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     on = c < D
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    if MODE == MAX:
+    if MODE == MAX:  # noqa: SIM102 (decided while compiling; the next line is not)
         if end > begin:
             acc = tl.load(x + begin.to(tl.int64) * x_stride + c, mask=on, other=0.0).to(tl.float32)
     for t in range(begin.to(tl.int64), end.to(tl.int64)):
@@ -119,23 +120,26 @@ def _pool_max_bwd_kernel(
 
 
 def _copy_plan(mode):
-    return lambda D, dtype: ({"D": D, "MODE": mode, "BLOCK": 4, "BLOCK_D": block_columns(D, 1024)}, {"num_warps": 4})
+    return lambda D, dtype, gpu: (
+        {"D": D, "MODE": mode, "BLOCK": 4, "BLOCK_D": block_columns(D, 1024)},
+        {"num_warps": 4},
+    )
 
 
 def _walk_plan(**constexprs):
-    return lambda D, dtype: ({"D": D, **constexprs, "BLOCK_D": block_columns(D, 512)}, {"num_warps": 2})
+    return lambda D, dtype, gpu: ({"D": D, **constexprs, "BLOCK_D": block_columns(D, 512)}, {"num_warps": 2})
 
 
 LAYOUT = {"chunk_start": "*i32", "cu_chunks": "*i32", "cu_seqlens": "*i32"}
-COPY_ARGS = {"x": "*T", **LAYOUT, "z": "*T", "M": "i32", "N": "i32", "x_stride": "i64"}
-REDUCE_ARGS = {"x": "*T", **LAYOUT, "z": "*T", "N": "i32", "x_stride": "i64"}
+COPY_ARGS = {"x": "*T", **LAYOUT, "z": "*T", "M": "i32", "N": "i32", "x_stride": "i32"}
+REDUCE_ARGS = {"x": "*T", **LAYOUT, "z": "*T", "N": "i32", "x_stride": "i32"}
 BWD_ARGS = {
     "dz": "*T", "chunk_start": "*i32", "chunk_index": "*i32", "cu_chunks": "*i32", "cu_seqlens": "*i32", "dx": "*T",
-    "T": "i32", "N": "i32", "dz_stride": "i64",
+    "T": "i32", "N": "i32", "dz_stride": "i32",
 }  # fmt: skip
 MAX_BWD_ARGS = {
-    "dz": "*T", "x": "*T", **LAYOUT, "dx": "*T", "T": "i32", "N": "i32", "M": "i32", "dz_stride": "i64",
-    "x_stride": "i64",
+    "dz": "*T", "x": "*T", **LAYOUT, "dx": "*T", "T": "i32", "N": "i32", "M": "i32", "dz_stride": "i32",
+    "x_stride": "i32",
 }  # fmt: skip
 
 FWD = {
@@ -153,9 +157,10 @@ KERNELS = {
 }
 
 
-def _columns(kernel: Kernel, D: int, dtype) -> tuple[int, int]:
-    planned, _ = kernel.plan(D, dtype)
-    return planned.get("BLOCK", 1), triton.cdiv(D, planned["BLOCK_D"])
+def _blocks(kernel: Kernel, x: Tensor) -> tuple[int, int]:
+    """Rows of a program, and how many programs side by side cover the columns"""
+    planned = kernel.blocks(x, x.shape[1])
+    return planned.get("BLOCK", 1), triton.cdiv(x.shape[1], planned["BLOCK_D"])
 
 
 def pool(x, chunk_start, chunk_index, cu_chunks, cu_seqlens, mode):
@@ -165,20 +170,11 @@ def pool(x, chunk_start, chunk_index, cu_chunks, cu_seqlens, mode):
     if x.shape[0] == 0:
         return z.zero_()
     kernel = FWD[mode]
-    block, columns = _columns(kernel, D, x.dtype)
+    block, columns = _blocks(kernel, x)
     sizes = (M, N) if mode in ("boundary", "last") else (N,)
     kernel.launch(
-        (triton.cdiv(M, block), columns),
-        x,
-        chunk_start,
-        cu_chunks,
-        cu_seqlens,
-        z,
-        *sizes,
-        stride(x),
-        D=D,
-        dtype=x.dtype,
-    )
+        (triton.cdiv(M, block), columns), x, D, x, chunk_start, cu_chunks, cu_seqlens, z, *sizes, stride(x)
+    )  # fmt: skip
     return z
 
 
@@ -189,16 +185,15 @@ def pool_bwd(dz, x, chunk_start, chunk_index, cu_chunks, cu_seqlens, T, mode):
     if T == 0:
         return dx
     if mode == "max":
-        _, columns = _columns(MAX_BWD, D, dz.dtype)
+        _, columns = _blocks(MAX_BWD, dz)
         MAX_BWD.launch(
-            (M + 1, columns), dz, x, chunk_start, cu_chunks, cu_seqlens, dx, T, N, M, stride(dz), stride(x),
-            D=D, dtype=dz.dtype,
+            (M + 1, columns), dz, D, dz, x, chunk_start, cu_chunks, cu_seqlens, dx, T, N, M, stride(dz), stride(x)
         )  # fmt: skip
         return dx
     kernel = BWD[mode]
-    block, columns = _columns(kernel, D, dz.dtype)
+    block, columns = _blocks(kernel, dz)
     kernel.launch(
-        (triton.cdiv(T, block), columns), dz, chunk_start, chunk_index, cu_chunks, cu_seqlens, dx, T, N, stride(dz),
-        D=D, dtype=dz.dtype,
+        (triton.cdiv(T, block), columns), dz, D, dz, chunk_start, chunk_index, cu_chunks, cu_seqlens, dx, T, N,
+        stride(dz),
     )  # fmt: skip
     return dx

@@ -97,46 +97,40 @@ def _rank_from_the_top(histogram, wanted, BINS: tl.constexpr):
 
 @triton.jit
 def _select_kernel(
-    prob, code, block_count, selection, num_dropped, T, num_blocks, budget,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
+    prob, code, cu_seqlens, block_count, selection, num_dropped, T, N, num_blocks, budget, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """selection <- [threshold, ties to keep, boundaries in all]. Keys are the 24 bits of p above one half.
 
-    Keeps the keys above the threshold and the first of those equal to it. Two histograms of 12 bits find it; with no
-    more boundaries than the budget the threshold is 0, which keeps all.
+    Keeps the keys above the threshold and the first of those equal to it. Three histograms, of 8 bits each, find it;
+    with no more boundaries than the budget the threshold is 0, which keeps all.
     """
-    total = tl.zeros((BLOCK,), tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    counts = tl.zeros((BLOCK,), tl.int32)
     for i in range(0, num_blocks, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        total += tl.load(block_count + at, mask=at < num_blocks, other=0)
-    total = tl.sum(total)
+        counts += tl.load(block_count + i + lanes, mask=i + lanes < num_blocks, other=0)
+    total = tl.sum(counts)
     threshold = total * 0
     ties = total * 0
     if total > budget:
-        histogram = tl.zeros((BINS,), tl.int32)
         firsts = tl.zeros((BLOCK,), tl.int32)
-        for i in range(0, T, BLOCK):
-            at = i + tl.arange(0, BLOCK)
-            c = tl.load(code + at, mask=at < T, other=0)
-            key = tl.load(prob + at, mask=at < T, other=0.0).to(tl.int32, bitcast=True) - HALF
-            firsts += (c == FIRST).to(tl.int32)
-            histogram += tl.histogram(tl.where(c == ORDINARY, key >> 12, BINS - 1), BINS)  # the last bin is nobody's
-        histogram = tl.where(tl.arange(0, BINS) == BINS - 1, 0, histogram)
+        for i in range(0, N, BLOCK):
+            n = i + lanes
+            begin = tl.load(cu_seqlens + n, mask=n < N, other=0)
+            firsts += (tl.load(cu_seqlens + n + 1, mask=n < N, other=0) > begin).to(tl.int32)
         keep = budget - tl.sum(firsts)
-        high, above = _rank_from_the_top(histogram, keep, BINS)
-        histogram = tl.zeros((BINS,), tl.int32)
-        others = tl.zeros((BLOCK,), tl.int32)
-        for i in range(0, T, BLOCK):
-            at = i + tl.arange(0, BLOCK)
-            c = tl.load(code + at, mask=at < T, other=0)
-            key = tl.load(prob + at, mask=at < T, other=0.0).to(tl.int32, bitcast=True) - HALF
-            mine = (c == ORDINARY) & ((key >> 12) == high)
-            others += 1 - mine.to(tl.int32)
-            histogram += tl.histogram(tl.where(mine, key & (BINS - 1), 0), BINS)
-        histogram -= tl.where(tl.arange(0, BINS) == 0, tl.sum(others), 0)
-        low, above_low = _rank_from_the_top(histogram, keep - above, BINS)
-        threshold = high * BINS + low
-        ties = keep - above - above_low
+        wanted = keep
+        for digit in tl.static_range(3):
+            histogram = tl.zeros((256,), tl.int32)
+            for i in range(0, T, BLOCK):
+                at = i + lanes
+                c = tl.load(code + at, mask=at < T, other=0)
+                key = tl.load(prob + at, mask=at < T, other=0.0).to(tl.int32, bitcast=True) - HALF
+                mine = (c == ORDINARY) & ((key >> (24 - 8 * digit)) == threshold)
+                histogram += tl.histogram((key >> (16 - 8 * digit)) & 255, 256, mask=mine)
+            b, above = _rank_from_the_top(histogram, wanted, 256)
+            wanted -= above
+            threshold = threshold * 256 + b
+        ties = wanted
         if keep <= 0:  # the budget holds first positions only
             threshold = threshold * 0 + 0x7FFFFFFF
             ties = ties * 0
@@ -183,7 +177,7 @@ def _count_before(
 @triton.jit
 def _compact_kernel(
     prob, code, cu_seqlens, block_count, block_sum, selection,
-    mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum,
+    mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped,
     T, N, num_blocks, budget,
     HAS_BUDGET: tl.constexpr, ROUTE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -218,6 +212,8 @@ def _compact_kernel(
         edge = tl.load(cu_seqlens + n)
         before, _ = _count_before(prob, code, block_count, edge, threshold, ties, overflow, ROUTE_BLOCK, BLOCK)
         tl.store(cu_chunks + n, before)
+        if not HAS_BUDGET:
+            tl.store(num_dropped, 0, mask=n == N)
         if n < N:  # whole blocks by their sums, the ragged ends position by position
             end = tl.load(cu_seqlens + n + 1)
             first_block = tl.cdiv(edge, ROUTE_BLOCK)
@@ -238,7 +234,7 @@ def _route_bwd_kernel(
     q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
-    HAS_DSUM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DSUM: tl.constexpr, HAS_DBIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pair t writes dq_{t-1} and dk_t; t runs to T, whose pair closes dq."""
     pid = tl.program_id(0)
@@ -262,7 +258,8 @@ def _route_bwd_kernel(
         scale = tl.exp(tl.load(bias))
         p = tl.where(raw < 0.0, 0.0, tl.where(raw > 1.0, 1.0, raw))
         slope = scale / ((1.0 - p + p * scale) * (1.0 - p + p * scale))
-        tl.store(dbias + pid, tl.sum(tl.where(pair, g * p * (1.0 - p) * slope, 0.0)))
+        if HAS_DBIAS:
+            tl.store(dbias + pid, tl.sum(tl.where(pair, g * p * (1.0 - p) * slope, 0.0)))
         g = g * slope
     g = tl.where((raw < 0.0) | (raw > 1.0), 0.0, -0.5 * g)  # d loss / d cos
     cross = g * inv_q * inv_k
@@ -309,8 +306,10 @@ def _route_step_kernel(
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-def _row_plan(D, dtype):
-    return {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 256)}, {"num_warps": 4}
+def _row_plan(**flags):
+    return lambda D, dtype, gpu: (
+        {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 256), **flags}, {"num_warps": 4}
+    )  # fmt: skip
 
 
 ROUTE_FWD = Kernel(
@@ -318,26 +317,27 @@ ROUTE_FWD = Kernel(
     {
         "q": "*T", "k": "*T", "cu_seqlens": "*i32", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32",
         "cos_out": "*fp32", "inv_q_out": "*fp32", "inv_k_out": "*fp32", "code_out": "*i8", "block_count": "*i32",
-        "block_sum": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i64", "k_stride": "i64",
+        "block_sum": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32", "k_stride": "i32",
     },
-    lambda D, dtype: ({**_row_plan(D, dtype)[0], "HAS_CANDIDATES": False, "HAS_BIAS": False}, {"num_warps": 4}),
+    _row_plan(HAS_CANDIDATES=False, HAS_BIAS=False),
 )  # fmt: skip
 SELECT = Kernel(
     _select_kernel,
     {
-        "prob": "*fp32", "code": "*i8", "block_count": "*i32", "selection": "*i32", "num_dropped": "*i32", "T": "i32",
-        "num_blocks": "i32", "budget": "i32",
+        "prob": "*fp32", "code": "*i8", "cu_seqlens": "*i32", "block_count": "*i32", "selection": "*i32",
+        "num_dropped": "*i32", "T": "i32", "N": "i32", "num_blocks": "i32", "budget": "i32",
     },
-    lambda D, dtype: ({"BINS": 4096, "BLOCK": 4096}, {"num_warps": 16}),
+    lambda D, dtype, gpu: ({"BLOCK": 4096}, {"num_warps": 8 if gpu == "gfx942" else 16}),
 )  # fmt: skip
 COMPACT = Kernel(
     _compact_kernel,
     {
         "prob": "*fp32", "code": "*i8", "cu_seqlens": "*i32", "block_count": "*i32", "block_sum": "*fp32",
         "selection": "*i32", "mask_out": "*u8", "selected_out": "*fp32", "chunk_index": "*i32", "chunk_start": "*i32",
-        "cu_chunks": "*i32", "prob_sum": "*fp32", "T": "i32", "N": "i32", "num_blocks": "i32", "budget": "i32",
+        "cu_chunks": "*i32", "prob_sum": "*fp32", "num_dropped": "*i32", "T": "i32", "N": "i32", "num_blocks": "i32",
+        "budget": "i32",
     },
-    lambda D, dtype: (
+    lambda D, dtype, gpu: (
         {"HAS_BUDGET": True, "ROUTE_BLOCK": ROUTE_BLOCK, "BLOCK": COMPACT_BLOCK}, {"num_warps": 8}
     ),
 )  # fmt: skip
@@ -346,24 +346,18 @@ ROUTE_BWD = Kernel(
     {
         "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "cos_in": "*fp32",
         "inv_q_in": "*fp32", "inv_k_in": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
-        "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i64",
-        "k_stride": "i64",
+        "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32",
+        "k_stride": "i32",
     },
-    lambda D, dtype: (
-        {
-            **_row_plan(D, dtype)[0],
-            "HAS_BIAS": False, "HAS_DPROB": True, "HAS_DSELECTED": True, "HAS_DSUM": True,
-        },
-        {"num_warps": 4},
-    ),
+    _row_plan(HAS_BIAS=False, HAS_DBIAS=False, HAS_DPROB=True, HAS_DSELECTED=True, HAS_DSUM=True),
 )  # fmt: skip
 ROUTE_STEP = Kernel(
     _route_step_kernel,
     {
         "q": "*T", "k": "*T", "is_first": "*u8", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32", "mask": "*u8",
-        "selected": "*fp32", "q_stride": "i64", "k_stride": "i64",
+        "selected": "*fp32", "q_stride": "i32", "k_stride": "i32",
     },
-    lambda D, dtype: (
+    lambda D, dtype, gpu: (
         {"D": D, "HAS_FIRST": True, "HAS_CANDIDATES": False, "HAS_BIAS": False, "BLOCK_D": block_columns(D, 1024)},
         {"num_warps": 4},
     ),
@@ -379,45 +373,48 @@ KERNELS = {
 
 def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
-    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
     i32 = torch.int32
+    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
+    candidates = None if candidates is None else candidates.contiguous()
     prob, selected, cos, inv_q, inv_k = (empty(q, T) for _ in range(5))
+    num_dropped = torch.empty((), dtype=i32, device=q.device)
     mask, code = empty(q, T, dtype=torch.bool), empty(q, T, dtype=torch.int8)
     blocks = triton.cdiv(T, ROUTE_BLOCK)
     block_count, block_sum = empty(q, blocks, dtype=i32), empty(q, blocks)
     chunk_index, cu_chunks, prob_sum = empty(q, T, dtype=i32), empty(q, N + 1, dtype=i32), empty(q, N)
     chunk_start = empty(q, T if max_chunks is None else max_chunks, dtype=i32)
     ROUTE_FWD.launch(
-        (blocks,), q, k, cu_seqlens, candidates, logit_bias, prob, cos, inv_q, inv_k, code, block_count, block_sum,
-        T, N, search_steps(N), stride(q), stride(k), D=D, dtype=q.dtype,
+        (blocks,), q, D, q, k, cu_seqlens, candidates, logit_bias, prob, cos, inv_q, inv_k, code, block_count,
+        block_sum, T, N, search_steps(N), stride(q), stride(k),
         HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
     )  # fmt: skip
     selection = None
-    if max_chunks is None:
-        num_dropped = torch.zeros((), dtype=i32, device=q.device)
-    else:
-        selection, num_dropped = empty(q, 3, dtype=i32), torch.empty((), dtype=i32, device=q.device)
-        SELECT.launch((1,), prob, code, block_count, selection, num_dropped, T, blocks, max_chunks, D=D, dtype=q.dtype)
+    if max_chunks is not None:
+        selection = empty(q, 3, dtype=i32)
+        SELECT.launch(
+            (1,), q, D, prob, code, cu_seqlens, block_count, selection, num_dropped, T, N, blocks, max_chunks
+        )  # fmt: skip
     grid = triton.cdiv(max(T, max_chunks or 0), COMPACT_BLOCK) + N + 1
     COMPACT.launch(
-        (grid,), prob, code, cu_seqlens, block_count, block_sum, selection, mask, selected, chunk_index, chunk_start,
-        cu_chunks, prob_sum, T, N, blocks, max_chunks or 0, D=D, dtype=q.dtype, HAS_BUDGET=max_chunks is not None,
+        (grid,), q, D, prob, code, cu_seqlens, block_count, block_sum, selection, mask, selected, chunk_index,
+        chunk_start, cu_chunks, prob_sum, num_dropped, T, N, blocks, max_chunks or 0,
+        HAS_BUDGET=max_chunks is not None,
     )  # fmt: skip
     if max_chunks is None:
         chunk_start = chunk_start[: int(cu_chunks[-1])]  # the one wait for the device
     return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, cos, inv_q, inv_k
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
     dq, dk = empty(q, T, D, dtype=q.dtype), empty(q, T, D, dtype=q.dtype)
     blocks = triton.cdiv(T + 1, ROUTE_BLOCK) if T else 0
-    dbias = None if logit_bias is None else empty(q, blocks)
+    dbias = empty(q, blocks) if bias_grad else None
     grads = [None if g is None else g.contiguous() for g in (dprob, dselected, dprob_sum)]
     ROUTE_BWD.launch(
-        (blocks,), q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, *grads, dq, dk, dbias,
-        T, N, search_steps(N), stride(q), stride(k), D=D, dtype=q.dtype, HAS_BIAS=logit_bias is not None,
+        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, *grads, dq, dk, dbias,
+        T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
         HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
     )  # fmt: skip
     return dq, dk, empty(q, 0) if dbias is None else dbias.sum()
@@ -429,7 +426,7 @@ def route_step(q_prev, k, is_first, logit_bias, candidates):
     prob, selected, mask = empty(k, B), empty(k, B), empty(k, B, dtype=torch.bool)
     flags = [None if f is None else f.contiguous() for f in (is_first, candidates)]
     ROUTE_STEP.launch(
-        (B,), q_prev, k, *flags, logit_bias, prob, mask, selected, stride(q_prev), stride(k), D=D, dtype=k.dtype,
+        (B,), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, stride(q_prev), stride(k),
         HAS_FIRST=is_first is not None, HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
     )  # fmt: skip
     return prob, mask, selected

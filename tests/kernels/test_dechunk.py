@@ -97,18 +97,34 @@ def test_padding_is_never_read(on):
     assert (clean[1][n:] == 0).all()
 
 
+def padded(r, rows):
+    """`r` with `rows` positions after its last sequence"""
+    return hk.Routing(
+        torch.nn.functional.pad(r.boundary_prob, (0, rows)),
+        torch.nn.functional.pad(r.boundary_mask, (0, rows)),
+        torch.nn.functional.pad(r.selected_prob, (0, rows), value=1.0),
+        torch.nn.functional.pad(r.chunk_index, (0, rows), value=int(r.chunk_index[-1])),
+        *r[4:],
+    )
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_gradient_of_an_fp32_residual_next_to_bf16_with_padding(on, rows):
+    backend, device = on
+    r = on_device(padded(routing_with("random", PACKS["ragged"]), rows), device)
+    z = rand(r.chunk_start.shape[0], 33, dtype=torch.bfloat16).to(device)
+    residual, dout = leaf(rand(254 + rows, 33).to(device)), rand(254 + rows, 33, dtype=torch.bfloat16).to(device)
+    dout[254:] = float("nan")
+    hk.dechunk(z, r, residual, backend=backend).backward(dout)
+    assert torch.equal(residual.grad[:254], dout[:254].float())
+    assert (residual.grad[254:] == 0).all()
+
+
 def test_rows_past_the_last_sequence_are_zero(on):
     backend, device = on
     r = routing_with("random", [40])
     T = 50
-    pad = hk.Routing(
-        torch.nn.functional.pad(r.boundary_prob, (0, 10)),
-        torch.nn.functional.pad(r.boundary_mask, (0, 10)),
-        torch.nn.functional.pad(r.selected_prob, (0, 10), value=1.0),
-        torch.nn.functional.pad(r.chunk_index, (0, 10), value=int(r.chunk_index[-1])),
-        *r[4:],
-    )
-    pad = on_device(pad, device)
+    pad = on_device(padded(r, 10), device)
     z = leaf(rand(r.chunk_start.shape[0], 9).to(device))
     residual = torch.full((T, 9), float("nan"), device=device)
     residual[:40] = 1.0

@@ -18,10 +18,15 @@ def routed(on, lengths, rate=0.3, dtype=torch.float32):
     return hk.route(q, k, cu_of(lengths, device), backend=backend), q, k
 
 
+def loss_on(on, *args, **kwargs):
+    with hk.backend(on[0]):
+        return hk.ratio_loss(*args, **kwargs)
+
+
 @pytest.mark.parametrize("n", [1.5, 3.0, 6.0])
 def test_batch(on, n):
     r, q, k = routed(on, PACKS["ragged"])
-    loss = hk.ratio_loss(r, n)
+    loss = loss_on(on, r, n)
     assert_close(loss.detach().cpu(), oracle.ratio_loss(r.boundary_prob.detach().cpu(), r.boundary_mask.cpu(), n), 1e-6)
     got = torch.autograd.grad(loss, (q, k))
     r, q, k = routed(on, PACKS["ragged"])
@@ -38,29 +43,64 @@ def test_sequence_is_the_mean_of_one_loss_each(on):
         for s, e in oracle.spans(r.cu_seqlens.cpu())
         if e > s
     ]
-    assert_close(hk.ratio_loss(r, 4.0, reduction="sequence").detach().cpu(), torch.stack(want).mean(), 1e-6)
+    assert_close(loss_on(on, r, 4.0, reduction="sequence").detach().cpu(), torch.stack(want).mean(), 1e-6)
 
 
 def test_equals_one_for_every_rate_when_the_mean_probability_is_on_target(on):
     """Why nobody may read the loss as proof: G = 1/N hides any F."""
     r, *_ = routed(on, [100])
     for chunks in (2, 50, 99):
-        fake = r._replace(
-            prob_sum=torch.full_like(r.prob_sum, 25.0), cu_chunks=torch.tensor([0, chunks], dtype=torch.int32)
-        )
-        assert abs(hk.ratio_loss(fake, 4.0).item() - 1) < 1e-6
+        cu_chunks = torch.tensor([0, chunks], dtype=torch.int32, device=on[1])
+        fake = r._replace(prob_sum=torch.full_like(r.prob_sum, 25.0), cu_chunks=cu_chunks)
+        assert abs(loss_on(on, fake, 4.0).item() - 1) < 1e-6
 
 
 def test_straight_through_adds_the_gradient_of_f(on):
     r, *_ = routed(on, [200])
     n = 4.0
-    plain = torch.autograd.grad(hk.ratio_loss(r, n), r.prob_sum, retain_graph=True)[0]
-    through = torch.autograd.grad(hk.ratio_loss(r, n, straight_through=True), r.prob_sum, retain_graph=True)[0]
+    plain = torch.autograd.grad(loss_on(on, r, n), r.prob_sum, retain_graph=True)[0]
+    through = torch.autograd.grad(loss_on(on, r, n, straight_through=True), r.prob_sum, retain_graph=True)[0]
     F, G = r.boundary_mask.float().mean().item(), r.boundary_prob.mean().item()
     scale = n / (n - 1) / 200
     assert plain.item() == pytest.approx(scale * ((n - 1) * F - (1 - F)), rel=1e-4)
     assert through.item() - plain.item() == pytest.approx(scale * ((n - 1) * G - (1 - G)), rel=1e-3)
-    assert hk.ratio_loss(r, n).item() == hk.ratio_loss(r, n, straight_through=True).item()
+    assert loss_on(on, r, n).item() == loss_on(on, r, n, straight_through=True).item()
+
+
+def by_hand(prob_sum, cu_seqlens, cu_chunks, n, reduction, straight_through):
+    """The loss in fp64 on any device, with F as a constant or carrying the gradient of G."""
+    lengths, counts = cu_seqlens.diff().double(), cu_chunks.diff().double()
+    if reduction == "batch":
+        lengths, counts, prob_sum = lengths.sum()[None], counts.sum()[None], prob_sum.sum()[None]
+    some = lengths > 0
+    F, G = counts[some] / lengths[some], prob_sum[some] / lengths[some]
+    if straight_through:
+        F = F + (G - G.detach())
+    return (n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))).mean()
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("reduction", ["batch", "sequence"])
+@pytest.mark.parametrize("N", [1, 7, 600])
+def test_value_and_gradient_from_the_sums(on, N, reduction, straight_through):
+    """Many sequences, empty ones among them; the loss is used twice."""
+    g = torch.Generator().manual_seed(N)
+    lengths = torch.randint(0, 40, (N,), generator=g)
+    lengths[0], lengths[1:2] = 30, 0
+    counts = (lengths * torch.rand(N, generator=g)).ceil().long()
+    r, *_ = routed(on, [4])
+    cu_seqlens, cu_chunks = cu_of(lengths.tolist(), on[1]), cu_of(counts.tolist(), on[1])
+    prob_sum = leaf((lengths * torch.rand(N, generator=g)).to(on[1]))
+    r = r._replace(prob_sum=prob_sum, cu_seqlens=cu_seqlens, cu_chunks=cu_chunks)
+    options = {"reduction": reduction, "straight_through": straight_through}
+    loss = loss_on(on, r, 5.5, **options)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    prob_sum64 = leaf(prob_sum.double())
+    want = by_hand(prob_sum64, cu_seqlens, cu_chunks, 5.5, **options)
+    assert_close(loss.detach(), want.detach(), 1e-5)
+    (got,) = torch.autograd.grad(2 * loss + loss, prob_sum)
+    assert_close(got, torch.autograd.grad(3 * want, prob_sum64)[0], 1e-5)
 
 
 WORKER = """

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hnet import HNetConfig
-from hnet.model.attention import CausalAttention, attention
+from hnet.model.attention import CausalAttention, _unpadded, attention
 from hnet.model.conv import DepthwiseConv1d, last_rows
 from hnet.model.isotropic import Block
 from hnet.model.mamba2 import final_states, pass_states, ssd
@@ -203,3 +203,42 @@ def test_unwindowed_cache_grows_only_as_needed():
     assert cache.capacity == 256
     layer(torch.randn(400, 16), pack_of([400]), cache, torch.tensor([0]))
     assert 400 <= cache.capacity <= 1000
+
+
+class Unwritten(torch.autograd.Function):
+    """As a varlen kernel treats the rows after the last sequence: NaN stands for what memory held."""
+
+    @staticmethod
+    def forward(ctx, x, used):
+        ctx.used = used
+        out = torch.full_like(x, float("nan"))
+        out[:used] = x[:used]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert not grad[: ctx.used].isnan().any()
+        dx = torch.full_like(grad, float("nan"))
+        dx[: ctx.used] = grad[: ctx.used]
+        return dx, None
+
+
+def test_padding_rows_around_a_varlen_kernel():
+    """Its unwritten rows reach neither the output nor a gradient, whatever the rows held."""
+    pack = Pack(torch.tensor([0, 5, 12], dtype=torch.int32), 20, padded=True)
+    qk = torch.randn(20, 2, 2, 8)
+    v = torch.randn(20, 2, 8)
+    qk[12:], v[12:] = float("nan"), float("nan")
+    qk.requires_grad_(), v.requires_grad_()
+
+    def varlen(q, k, v, pack, window):
+        return Unwritten.apply(q * 2 + k, 12) + Unwritten.apply(v, 12)
+
+    out = _unpadded(varlen, qk, v, pack, -1)
+    assert torch.equal(out[:12], qk[:12, 0] * 2 + qk[:12, 1] + v[:12])
+    assert (out[12:] == 0).all()
+    dqk, dv = torch.autograd.grad(out.sum(), (qk, v))
+    assert (dqk[:12, 0] == 2).all()
+    assert (dv[:12] == 1).all()
+    assert (dqk[12:] == 0).all()
+    assert (dv[12:] == 0).all()

@@ -151,10 +151,10 @@ def test_bad_configs_are_one_line_and_write_nothing(config, change, message):
 
 
 def test_toml_round_trip(config, tmp_path):
-    from hnet.train.config import read_toml
+    from hnet.train.keys import read_toml
 
     (tmp_path / "c.toml").write_text(config.to_toml())
-    assert TrainConfig(**read_toml(tmp_path / "c.toml")) == config
+    assert TrainConfig(**read_toml(tmp_path / "c.toml", TrainConfig)) == config
     for text, message in [
         ("nope = 1", "unknown key 'nope'"),
         ('steps = "many"', "steps must be int, got 'many'"),
@@ -163,6 +163,6 @@ def test_toml_round_trip(config, tmp_path):
     ]:
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_toml(tmp_path / "bad.toml")
+            read_toml(tmp_path / "bad.toml", TrainConfig)
     (tmp_path / "int.toml").write_text("learning_rate = 1\ncompression = 3")
-    assert read_toml(tmp_path / "int.toml") == {"learning_rate": 1.0, "compression": [3.0]}
+    assert read_toml(tmp_path / "int.toml", TrainConfig) == {"learning_rate": 1.0, "compression": [3.0]}

@@ -49,8 +49,17 @@ def test_decay_and_muon_choices(model):
     assert "backbone.encoder.layers.0.mixer.in_proj.weight" in names  # a convolution's, not Mamba's
 
 
+def test_routing_projections_have_their_own_rate(model):
+    o = Optimizers(model, TrainConfig(learning_rate=1e-2), [4.0, 2.0, 1.0], router_lr=0.1)
+    rates = {id(p): g["lr"] for part in o.parts for g in part.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        wanted = 1e-2 * [4, 2, 1][stage_of(name)] * (0.1 if "routing_module" in name else 1)
+        assert rates[id(p)] == pytest.approx(wanted), name
+    assert o.set_lr(0.5) == pytest.approx({0: 2e-2, 1: 1e-2, 2: 5e-3})
+
+
 def test_every_parameter_is_in_exactly_one_group(model):
     for optimizer in ("adamw", "muon"):
-        o = Optimizers(model, TrainConfig(optimizer=optimizer))
+        o = Optimizers(model, TrainConfig(optimizer=optimizer), [1.0] * 3)
         ids = [id(p) for part in o.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())

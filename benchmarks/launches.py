@@ -1,0 +1,38 @@
+"""CUDA graphs, and which kernels a piece of work launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def captured(work: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGraph:
+    """A graph of `work`, which must not look at the device. Its outputs live as long as the graph does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles kernels and settles the allocator outside the capture
+        for _ in range(warmup):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+    graph.kept = kept  # type: ignore[attr-defined]
+    return graph
+
+
+def kernels_of(work: Callable[[], object]) -> list[str]:
+    """Names of the kernels that `work` runs on the device, copies and fills included, in order."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return kernel_names(profiler.events())
+
+
+def kernel_names(events) -> list[str]:
+    """The events that ran on the device, without the annotations of host ranges that also show up there."""
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    return [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]

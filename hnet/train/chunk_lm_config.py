@@ -1,0 +1,91 @@
+"""Keys of a ChunkLM's run, beside those of any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hnet.chunk_lm.config import ChunkLMConfig
+
+from .config import RunConfig
+from .curriculum import Curriculum
+from .keys import key
+
+STAGES = {0: 0.1, 2: 0.1, 5: 0.05}  # epoch: where the cosine that begins there ends
+
+
+@dataclass
+class ChunkLMTrainConfig(RunConfig):
+    """A run of `epochs` x `steps_per_epoch` steps of the optimiser, each `accumulation` x `batch_size` windows."""
+
+    out: str = key("runs/chunk_lm", "run directory; default with ckpt: its name without the ending")
+    ckpt: str = key("", "also keep the latest weights in this one file, for people who pass files around")
+    seq_len: int = key(1024, "bytes of a window", low=2)
+    kernel_len: int = key(128, "taps of every block's kernel", low=1)
+    chunk: int = key(16, "bytes predicted at once", low=1)
+    width: int = key(512, "channels", low=1)
+    n_layers: int = key(6, "blocks", low=1)
+    causal: bool = key(False, "a next-byte head at every position instead of the chunk head")
+    spectral_state: bool = key(False, "add the leaky rotating state over chunks (chunk head)")
+    batch_size: int = key(4, "windows of a micro-batch", low=1)
+    accumulation: int = key(8, "micro-batches of an optimiser step", low=1)
+    epochs: int = key(50, "an epoch is steps_per_epoch optimiser steps, counted from 0", low=1)
+    steps_per_epoch: int = key(1000, "optimiser steps of an epoch", low=1)
+    steps: int = key(0, "optimiser steps; 0: epochs x steps_per_epoch", low=0)
+    learning_rate: float = key(2e-4, "peak learning rate")
+    weight_decay: float = key(0.01, "decoupled weight decay of matrices", low=0)
+    dropout: float = key(0.1, "dropout", low=0, high=0.99999)
+    schedule: str = key(
+        "restarts",
+        "restarts: a cosine for epochs 0-1 (to 0.1), 2-4 (to 0.1) and 5 on (to 0.05), back to the peak at every raise "
+        "of the cutoff; or wsd, cosine, constant, plateau",
+        choices=("restarts", "wsd", "cosine", "constant", "plateau"),
+    )
+    warmup_steps: int = key(0, "linear warm-up", low=0)
+    curriculum: str = key(
+        "plateau",
+        "what raises the cutoff: plateau of the loss, epochs (at raise_epochs), none (full bandwidth from the start)",
+        choices=("plateau", "epochs", "none"),
+    )
+    cutoffs: list[int] = key([128, 256, 512, 0], "frequency bins passed, rising; 0 at the end: all")
+    raise_epochs: list[int] = key([2, 5, 10], "curriculum epochs: when each raise comes")
+    min_epoch_before_raise: int = key(2, "curriculum plateau: no raise before this epoch", low=0)
+    log_every: int = key(10, "steps between printed lines", low=1)
+    eval_every: int = key(0, "steps between held-out evaluations; 0: every epoch", low=0)
+    checkpoint_every: int = key(0, "steps between checkpoints; 0: every epoch", low=0)
+
+    def model(self) -> ChunkLMConfig:
+        return ChunkLMConfig(
+            d_model=self.width, n_layers=self.n_layers, seq_len=self.seq_len, kernel_len=self.kernel_len,
+            chunk=self.chunk, dropout=self.dropout, causal=self.causal, spectral_state=self.spectral_state,
+        )  # fmt: skip
+
+    def make_curriculum(self) -> Curriculum:
+        bins = self.model().bins
+        return Curriculum(
+            self.curriculum, self.cutoffs, bins, steps_per_epoch=self.steps_per_epoch,
+            min_epoch=self.min_epoch_before_raise, window=self.plateau_window, threshold=self.plateau_threshold,
+            raise_epochs=self.raise_epochs,
+        )  # fmt: skip
+
+    def validate(self) -> ChunkLMTrainConfig:
+        """Returns self with `steps`, `eval_every`, `checkpoint_every` and the restarts filled in.
+
+        Raises:
+            ValueError: a value out of range, naming the key.
+        """
+        if self.ckpt and self.out == "runs/chunk_lm":
+            self.out = str(Path(self.ckpt).with_suffix(""))
+        if self.ckpt and Path(self.ckpt) == Path(self.out):
+            raise ValueError(f"ckpt must be a file beside the run directory, like {self.out}.pt, got {self.ckpt!r}")
+        self.steps = self.steps or self.epochs * self.steps_per_epoch
+        self.eval_every = self.eval_every or self.steps_per_epoch
+        self.checkpoint_every = self.checkpoint_every or self.steps_per_epoch
+        if self.schedule == "restarts" and self.restart_at == [0.0]:
+            stages = {e * self.steps_per_epoch / self.steps: low for e, low in STAGES.items()}
+            self.restart_at = [at for at in stages if at < 1]
+            self.restart_min = [stages[at] for at in self.restart_at]
+        self.check()
+        self.model()
+        self.make_curriculum()
+        return self

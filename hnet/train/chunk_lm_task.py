@@ -1,0 +1,128 @@
+"""A ChunkLM for the training loop; see task.py for what a task is."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hnet.chunk_lm.config import ChunkLMConfig
+from hnet.chunk_lm.model import ChunkLM
+from hnet.chunk_lm.windows import Windows, WindowStream, chunk_lm_loss, eval_windows
+from hnet.data.corpus import Corpus
+from hnet.data.sources import open_data
+from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
+
+from .chunk_lm_config import ChunkLMTrainConfig
+from .distributed import World, add_up
+from .guards import Event
+
+
+class ChunkLMTask:
+    prints = True  # its own lines, below
+
+    def __init__(
+        self,
+        config: ChunkLMTrainConfig,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+        world: World,
+    ) -> None:
+        if world.size > 1:
+            raise ValueError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
+        self.config, self.device, self.autocast, self.world = config, device, autocast, world
+        train, self.val = open_data(config)
+        if not isinstance(train, Corpus):
+            raise ValueError("a ChunkLM reads random windows: data must be files, not an hf: stream")
+        self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed)
+        self.model = ChunkLM(config.model()).to(device)
+        self.stages = [list(self.model.parameters())]
+        self.multipliers = [1.0]
+        self.curriculum = config.make_curriculum()
+        self.model.set_cutoff(self.curriculum.cutoff)
+        self.losses: list[float] = []  # of this epoch
+
+    def loss(self, model: nn.Module, batch: Windows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        smoothing = self.config.label_smoothing if model.training else 0.0
+        with self.autocast():
+            loss, ce = chunk_lm_loss(model, batch, label_smoothing=smoothing)  # type: ignore[arg-type]
+        return loss, {"ce": ce}
+
+    def after_step(self, step: int, means: dict[str, Tensor]) -> None:
+        pass
+
+    def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
+        return {"cutoff": self.model.cutoff, "epoch": self.curriculum.epoch(step)}
+
+    def observe(self, row: dict[str, Any]) -> list[Event]:
+        self.losses.append(row["ce"])
+        events = self.curriculum.observe(row["step"], row["ce"], row["lr"] / self.config.learning_rate)
+        self.model.set_cutoff(self.curriculum.cutoff)
+        return events
+
+    def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
+        """What is printed of a finished step."""
+        c, out = self.config, []
+        at = (row["step"] - 1) % c.steps_per_epoch + 1
+        if at % c.log_every == 0:
+            rate = f"{row['lr']:.1e}".replace("e-0", "e-")
+            out.append(f"  step {at}/{c.steps_per_epoch} loss={row['loss']:.2f} lr={rate} cutoff={row['cutoff']}")
+        if at == c.steps_per_epoch and self.losses:
+            mean = sum(self.losses) / len(self.losses)
+            out.append(f"Epoch {row['epoch']} avg_loss={mean:.2f} cutoff={row['cutoff']}/{self.model.bins}")
+            self.losses.clear()
+        return out + [e.message for e in events if e.name == "cutoff_raised"]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Held-out cross entropy, nats a byte predicted, at the present cutoff."""
+        model.eval()
+        c, total = self.config, torch.zeros(2, dtype=torch.float64, device=self.device)
+        count = max(c.eval_bytes // (c.seq_len if c.causal else c.chunk), 1)
+        for batch in eval_windows(self.val, c.seq_len, c.chunk, c.batch_size, count):
+            batch = batch.to(self.device)
+            _, means = self.loss(model, batch, 0)
+            total += torch.stack([means["ce"].double(), torch.ones_like(means["ce"]).double()]) * len(batch.input_ids)
+        model.train()
+        ce = (add_up(total, self.world)[0] / total[1]).item()
+        return {"val_ce": ce, "val_bpb": ce / math.log(2)}
+
+    def sample(self) -> str:
+        c = self.config
+        held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
+        prompt = c.sample_prompt.encode() or held_out[: c.seq_len]
+        training = self.model.training
+        new = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
+        self.model.train(training)
+        return f"--- continuation of {prompt[-64:].decode(errors='replace')!r}\n{new.decode(errors='replace')}\n"
+
+    def saved(self, checkpoint: Path, step: int) -> None:
+        """The latest weights in one file too, if asked for."""
+        if not self.config.ckpt:
+            return
+        path = Path(self.config.ckpt)
+        config = ChunkLMConfig.from_json(checkpoint / CONFIG)
+        state = {
+            "model": read_weights(checkpoint / WEIGHTS), "config": config.to_dict(), "step": step,
+            "epoch": self.curriculum.epoch(step), "cutoff": config.cutoff,
+        }  # fmt: skip
+        partial = path.with_name(path.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
+        load_state(self.model, state, str(where))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curriculum": self.curriculum.state_dict(), "losses": list(self.losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.losses = list(state["losses"])
+        self.model.set_cutoff(self.curriculum.cutoff)
