@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_pretrained(model: Any, directory: str | Path) -> None:
-    """config.json and model.safetensors; each appears complete or not at all."""
+def save_pretrained(model: Any, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """config.json and model.safetensors; each appears complete or not at all. `state`: instead of the model's own."""
     from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.contiguous() for k, v in (state or model.state_dict()).items()}
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
     partial = directory / (WEIGHTS + ".partial")

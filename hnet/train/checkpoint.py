@@ -2,6 +2,7 @@
 
     checkpoints/step_00000250/  config.json  model.safetensors  trainer.pt  run.json  manifest.json  [ema.safetensors]
     checkpoints/best/           the same, of the best evaluation
+    .../sharded/                with fsdp: optimiser state and weight average, by torch.distributed.checkpoint
 
 The first two are a model directory for `from_pretrained`; trainer.pt holds everything else a run needs to go on exactly
 where it was; run.json says what wrote it; manifest.json has size and SHA-256 of every other file, checked on load. A
@@ -26,6 +27,7 @@ import torch
 from hnet.model.checkpoint_format import WEIGHTS, read_weights
 
 TRAINER, EMA, MANIFEST, RUN = "trainer.pt", "ema.safetensors", "manifest.json", "run.json"
+SHARDED = "sharded"
 
 
 def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], about: dict[str, Any], keep: int) -> Path:
@@ -43,9 +45,10 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], about:
         partial.mkdir(parents=True)
         write(partial)
         (partial / RUN).write_text(json.dumps({"step": step, **about, **provenance()}, indent=2) + "\n")
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(partial.iterdir())}
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in partial.iterdir():
+        for path in partial.rglob("*"):
             _flush(path)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)

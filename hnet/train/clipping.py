@@ -8,21 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from .config import RunConfig
+from .shards import local
 
 AT_LEAST = 20  # norms before a percentile means anything
 
 
 def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+    """What this process has of them."""
+    return [local(p.grad) for p in parameters if p.grad is not None]
 
 
-def norm(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
-    """() fp32: 2-norm of the gradients, of all shards where they are sharded"""
-    grads = gradients(parameters)
-    if not grads:
-        return torch.zeros((), device=device)
-    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in torch._foreach_norm(grads)]
-    return torch.linalg.vector_norm(torch.stack([p.float() for p in parts]))
+def stage_norms(stages: list[list[nn.Parameter]], device: torch.device) -> Tensor:
+    """(stages,) fp32: 2-norms of the gradients, of all shards where they are sharded"""
+    grads = [gradients(parameters) for parameters in stages]
+    norms = torch.stack([
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)).float()) if g else torch.zeros((), device=device)
+        for g in grads
+    ])  # fmt: skip
+    if any(hasattr(p.grad, "to_local") for parameters in stages for p in parameters):
+        squares = norms.square()
+        torch.distributed.all_reduce(squares)
+        norms = squares.sqrt()
+    return norms
 
 
 class Clipper:
@@ -37,7 +44,7 @@ class Clipper:
     def clip(self) -> Tensor:
         """(stages,) fp32: the norms before."""
         c = self.config
-        norms = torch.stack([norm(p, self.device) for p in self.stages])
+        norms = stage_norms(self.stages, self.device)
         total = torch.linalg.vector_norm(norms)
         if c.clipping == "off":
             return norms

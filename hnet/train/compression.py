@@ -69,7 +69,8 @@ class Compression:
         c = self.config
         if c.rate_control == "none" or step >= 0.9 * c.steps or not self.stages:
             return
-        error = F * F.new_tensor(self.targets(step)) - 1
+        targets = self.targets(step)  # numbers, not a tensor: that would wait for a GPU
+        error = torch.stack([f * n for f, n in zip(F.unbind(), targets, strict=True)]) - 1
         if c.rate_control == "bias":
             move = c.rate_gain * error.clamp(-1, 1)
             for s, m in zip(self.stages, move.unbind(), strict=True):

@@ -1,10 +1,23 @@
-"""One process or many: what the loop asks of torch.distributed. Many: `torchrun --nproc-per-node N -m hnet train`."""
+"""One process or many: what the loop asks of torch.distributed. Many: `torchrun --nproc-per-node N -m hnet train`.
+
+ddp   every process holds everything; gradients are averaged while the backward runs.
+fsdp  (FSDP2) every Block, and all that is outside of blocks together, is spread over the processes by rows: weights,
+      gradients, optimiser state, weight average. They meet for a block's forward and backward only. Gradients are
+      reduced after every micro-batch, so that no process ever holds all of them. bf16 is autocast's as on one process,
+      not FSDP's: weights travel in fp32, and norms, residual stream, Mamba's A and dt and the residual projection stay
+      fp32.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import EMA, TRAINER
+from hnet.model.checkpoint_format import save_pretrained
+from hnet.model.isotropic import Block
+
+from .checkpoint import EMA, SHARDED, TRAINER
 from .config import RunConfig
+from .optim import Optimizers
+from .shards import full, sharded
 from .weight_ema import WeightEMA
+
+PARTIAL = ".partial_sharded"
 
 
 class World(NamedTuple):
@@ -42,8 +62,10 @@ def join(device: str) -> World:
 
 
 def leave() -> None:
-    if dist.is_initialized():
+    """Take leave of the other processes; without a word if an error is on its way and NCCL would wait for them."""
+    if dist.is_initialized() and not (sys.exc_info()[0] and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
+        gc.collect()  # gloo's threads must end before Python does, and fsdp's modules hold on to the group in cycles
 
 
 def add_up(x: Tensor, world: World) -> Tensor:
@@ -67,21 +89,42 @@ def gather(value: Any, world: World) -> list[Any]:
     return out
 
 
-def anyone(flag: bool, world: World) -> bool:
-    """True where it is so on any process, so that all take the same branch."""
-    return any(gather(flag, world))
+def shard(model: nn.Module, config: RunConfig, world: World) -> None:
+    """With fsdp: spread the parameters over the processes, in place. Before anyone takes hold of them.
+
+    Raises:
+        ValueError: fsdp with an option that needs whole tensors.
+    """
+    if config.parallel != "fsdp" or world.size == 1:
+        return
+    if config.optimizer == "muon":
+        raise ValueError("optimizer 'muon' works on whole matrices: use it with parallel 'ddp', or adamw with 'fsdp'")
+    if config.async_checkpoints:
+        raise ValueError("async_checkpoints must be off with parallel 'fsdp': every process takes part in a save")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # An in-place change of what a block returns would lose its hook; nothing here makes one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (world.size,))
+    for m in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+        # The root too: evaluation would leave it gathered, blind to the averaged weights that come next.
+        spread = fully_shard(m, mesh=mesh, reshard_after_forward=True)
+        spread.set_force_sum_reduction_for_comms(device == "cpu")  # gloo does not average
 
 
 def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     """What the loop calls: the model itself, or DDP around it."""
-    if world.size == 1:
+    if world.size == 1 or sharded(model):
         return model
-    return DistributedDataParallel(model)
-
-
-def sharded(model: nn.Module) -> bool:
-    """True if the parameters are spread over the processes (fsdp)."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
+    if config.parallel == "fsdp":
+        raise ValueError("parallel 'fsdp' cannot shard this model: use 'ddp'")
+    # DDP packs gradients anew after the first step, which from three processes on changes the order of sums: a resumed
+    # run would differ in the last bit. Looking for unused parameters keeps it from that. Buffers are equal anyway.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its replacement is newer than 2.11
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=config.deterministic)
 
 
 def accumulating(replica: nn.Module, more: bool) -> AbstractContextManager:
@@ -91,24 +134,92 @@ def accumulating(replica: nn.Module, more: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def snapshot(model: Any, state: dict[str, Any], ema: WeightEMA | None, *, copy: bool) -> Callable[[Path], None]:
-    """A function that writes the model and the trainer state of now into a folder; with `copy` training may go on
-    before it is called."""
-    if copy:
-        state = copy_tree(state)
-        model = copy_model(model)
+def snapshot(
+    root: Path, model: Any, state: dict[str, Any], optimizers: Optimizers, ema: WeightEMA | None, world: World, *,
+    copy: bool,
+) -> Callable[[Path], None]:  # fmt: skip
+    """A function that writes the model and the trainer state of now into a folder below `root`; with `copy` training
+    may go on before it is called. All processes call this, and one of them what it returns.
+
+    With fsdp, optimiser state and weight average are written here, by all processes, and only moved into the folder.
+
+    Raises:
+        OSError: fsdp, and one process could not write; on all processes.
+    """
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    spread, weights, average = sharded(model), None, None if ema is None else ema.average
+    if spread:
+        write_shards(root / PARTIAL, named_state(model, optimizers, ema), world)
+        state = {**state, "optimizers": None, "ema": ema and {"updates": ema.updates, "average": None}}
+        weights = {k: full(v) for k, v in model.state_dict().items()}
+        average = None if ema is None else [full(a) for a in ema.average]
+    elif copy:
+        state, model = copy_tree(state), deepcopy(model)
+        average = None if ema is None else state["ema"]["average"]
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        if spread:
+            save_pretrained(model, folder, weights)
+            os.rename(root / PARTIAL, folder / SHARDED)
+        else:
+            model.save_pretrained(folder)
         torch.save(state, folder / TRAINER)
-        if ema is not None:
+        if average is not None:
             from safetensors.torch import save_file
 
-            names = [n for n, p in model.named_parameters() if p.requires_grad]
-            average = state["ema"]["average"]
             save_file({n: a.contiguous() for n, a in zip(names, average, strict=True)}, str(folder / EMA))
 
     return write
+
+
+def named_state(model: nn.Module, optimizers: Optimizers, ema: WeightEMA | None) -> dict[str, Tensor]:
+    """Optimiser state and weight average by kind and parameter: "exp_avg/lm_head.weight"."""
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+    moments = (item for part in optimizers.parts for item in part.state.items())
+    out = {f"{kind}/{names[p]}": v for p, values in moments for kind, v in values.items()}
+    if ema is not None:
+        out |= {f"ema/{names[p]}": a for p, a in zip(ema.parameters, ema.average, strict=True)}
+    return out
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    if world.main:
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier(world)
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+    except dcp.api.CheckpointException as e:  # all processes have the errors of all
+        for error, _ in e.failures.values():
+            if isinstance(error, OSError):
+                raise error from None
+        raise
+
+
+def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers, ema: WeightEMA | None) -> None:
+    """Optimiser state and weight average as `write_shards` left them, for any number of processes, sharded or not."""
+    import torch.distributed.checkpoint as dcp
+
+    named = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for key, meta in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        p = named[key.partition("/")[2]]
+        size = meta.size  # type: ignore[union-attr]
+        tensors[key] = torch.zeros_like(p.detach()) if size == p.shape else torch.zeros(size, device=p.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)  # every process reads its own rows
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind != "ema":
+            states.setdefault(named[name], {})[kind] = value
+        elif ema is not None:
+            ema.average[[p is named[name] for p in ema.parameters].index(True)].copy_(value)
+    for part in optimizers.parts:
+        part.state.clear()
+        part.state.update({p: states[p] for g in part.param_groups for p in g["params"] if p in states})
 
 
 def copy_tree(value: Any) -> Any:
@@ -119,9 +230,3 @@ def copy_tree(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(copy_tree(v) for v in value)
     return value
-
-
-def copy_model(model: Any) -> Any:
-    import copy as copying
-
-    return copying.deepcopy(model)

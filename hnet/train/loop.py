@@ -27,6 +27,7 @@ from .guards import Event, Guards, RunFailed
 from .metrics import MetricsFile, Reading, truncate_metrics
 from .optim import Optimizers
 from .schedule import Plateau, Schedule
+from .shards import sharded
 from .stopping import EarlyStopping
 from .task import HNetTask
 from .weight_ema import WeightEMA
@@ -80,7 +81,7 @@ class Trainer:
         self.background = checkpoint.Background()
         self.step = self.bytes = 0
         self.seconds = 0.0
-        self.stop = False
+        self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
         if resume:
             root = self.out / "checkpoints"
@@ -88,6 +89,7 @@ class Trainer:
         elif (self.out / "metrics.jsonl").exists():
             raise FileExistsError(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
         self.replica = distributed.replicate(self.model, config, self.world)
+        distributed.barrier(self.world)  # nobody writes before all have looked
 
     def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
@@ -133,7 +135,7 @@ class Trainer:
             "bytes_per_second": mine * self.world.size / took, "data_wait_share": waited / took,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
-        stopping = torch.tensor(float(self.stop), device=self.device)
+        stopping = torch.full((), float(self.interrupted), device=self.device)  # all stop at the step where one does
         names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "stop"]
         values = torch.cat([vector, norms, total[None], distributed.add_up(stopping, self.world)[None]])
         return Pending(self.step, row, Reading(names, values))
@@ -181,10 +183,10 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out cross entropy (nats a target) and bits per byte; with weight_ema also those of the average."""
-        result = self.task.evaluate(self.replica)
+        result = self.task.evaluate(self.model)
         if self.ema is not None:
             with self.ema.applied():
-                result |= {f"ema_{k}": v for k, v in self.task.evaluate(self.replica).items() if k.startswith("val_")}
+                result |= {f"ema_{k}": v for k, v in self.task.evaluate(self.model).items() if k.startswith("val_")}
         return result
 
     # --- the run --------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ class Trainer:
         self.console.event(self.step, message)
 
     def _after_evaluation(self, result: dict[str, float]) -> None:
-        if self.config.sample_bytes and self.world.main and not distributed.sharded(self.model):
+        if self.config.sample_bytes and self.world.main and not sharded(self.model):
             text, picture = self.task.sample()
             (self.out / "samples" / f"step_{self.step:08d}.txt").write_text(text)
             self.console.show(picture)
@@ -338,16 +340,18 @@ class Trainer:
             self.stop = True
 
     def _interrupt(self, *_: object) -> None:
-        if self.stop:  # a second Ctrl-C does not wait for the step to end
+        if self.interrupted:  # a second Ctrl-C does not wait for the step to end
             raise KeyboardInterrupt
-        self.stop = True
+        self.interrupted = True
 
     # --- state ----------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """A checkpoint of now. With async_checkpoints it is complete after `background.wait()`."""
         root, step, keep = self.out / "checkpoints", self.step, self.config.keep_checkpoints
-        write = distributed.snapshot(self.model, self._state(), self.ema, copy=self.config.async_checkpoints)
+        write = distributed.snapshot(
+            root, self.model, self._state(), self.optimizers, self.ema, self.world, copy=self.config.async_checkpoints
+        )
         best = self.stopping.best_step == step
         about = {"config": dataclasses.asdict(self.config), "processes": self.world.size}
 
@@ -394,7 +398,10 @@ class Trainer:
 
     def _load_model(self, path: Path, state: dict[str, Any]) -> None:
         self.task.load_weights(checkpoint.load_weights(path), path)
-        self.optimizers.load_state_dict(state["optimizers"])
+        if state["optimizers"] is None:
+            distributed.load_shards(path / checkpoint.SHARDED, self.model, self.optimizers, self.ema)
+        else:
+            self.optimizers.load_state_dict(state["optimizers"])
         self.task.load_state_dict(state["task"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])

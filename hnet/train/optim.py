@@ -11,6 +11,7 @@ from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.mamba2 import Mamba2
 
 from .config import RunConfig
+from .shards import like
 
 
 def stage_of(name: str) -> int:
@@ -91,7 +92,9 @@ class Optimizers:
 
     def load_state_dict(self, state: list[dict]) -> None:
         for part, s in zip(self.parts, state, strict=True):
-            part.load_state_dict(s)
+            params = [p for g in part.param_groups for p in g["params"]]
+            moments = {i: {k: like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
+            part.load_state_dict({**s, "state": moments})
 
 
 def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:

@@ -33,13 +33,15 @@ from hnet.model.checkpoint_format import load_state
 from hnet.model.isotropic import Isotropic
 from hnet.segment import boundaries, render_plain, render_rich
 
+from .compile import compile_blocks
 from .compression import Compression
 from .config import TrainConfig
 from .cost import stage_costs
-from .distributed import World, add_up
+from .distributed import World, add_up, shard
 from .guards import Event
 from .losses import losses
 from .optim import stage_parameters
+from .shards import all_like
 
 
 class HNetTask:
@@ -66,6 +68,9 @@ class HNetTask:
         for m in self.model.modules():
             if isinstance(m, Isotropic):
                 m.recompute = config.recompute
+        if config.compile:
+            compile_blocks(self.model)
+        shard(self.model, config, world)
         self.stages = stage_parameters(self.model)
         chosen = config.lr_multipliers or [1.0] * len(self.stages)
         self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(chosen, str) else chosen
@@ -74,12 +79,13 @@ class HNetTask:
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c, n = self.config, batch.targets.shape[0]
+        alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
         budget = [math.ceil(m * n) for m in c.max_chunks] or None
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
             out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(step),
-            reduction=c.ratio_reduction, straight_through=c.straight_through,
+            reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
         )  # fmt: skip
         means = {"ce": result.ce, "ratio_loss": result.ratio_loss}
@@ -156,7 +162,7 @@ class HNetTask:
         pass
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
-        load_state(self.model, state, str(where))
+        load_state(self.model, all_like(state, self.model.state_dict()), str(where))
 
     def state_dict(self) -> dict[str, Any]:
         return self.compression.state_dict()

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .shards import like, local
+
 
 class WeightEMA:
     """average <- decay average + (1 - decay) weights, after every step; the first steps average evenly."""
@@ -21,24 +23,28 @@ class WeightEMA:
     def update(self) -> None:
         self.updates += 1
         keep = min(self.decay, self.updates / (self.updates + 10))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep)
+        torch._foreach_lerp_(_local(self.average), _local(self.parameters), 1 - keep)
 
     @contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """The model has the averaged weights inside the `with`."""
-        current = [p.detach().clone() for p in self.parameters]
-        torch._foreach_copy_(self.parameters, self.average)
+        weights = _local(self.parameters)
+        current = [w.clone() for w in weights]
+        torch._foreach_copy_(weights, _local(self.average))
         try:
             yield
         finally:
-            torch._foreach_copy_(self.parameters, current)
+            torch._foreach_copy_(weights, current)
 
     def state_dict(self) -> dict[str, Tensor | int | list[Tensor]]:
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        torch._foreach_copy_(
-            self.average, [a.to(b.device) for a, b in zip(state["average"], self.average, strict=True)]
-        )
+        for mine, average in zip(self.average, state["average"] or self.average, strict=True):
+            mine.copy_(like(average, mine))
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    return [local(t).detach() for t in tensors]

@@ -8,8 +8,7 @@ from hnet.train.config import TrainConfig
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-@pytest.fixture
-def config(tmp_path):
+def tiny(out: Path) -> TrainConfig:
     """A tiny run on real text: the email package of the standard library."""
     return TrainConfig(
         data=[str(STDLIB / "email")],
@@ -26,5 +25,10 @@ def config(tmp_path):
         eval_every=4,
         eval_bytes=1024,
         checkpoint_every=4,
-        out=str(tmp_path / "run"),
+        out=str(out),
     )
+
+
+@pytest.fixture
+def config(tmp_path):
+    return tiny(tmp_path / "run")

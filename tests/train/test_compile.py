@@ -1,0 +1,82 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from hnet.train.loop import Trainer
+from hnet.train.metrics import Reading
+
+from .test_distributed import found, job, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def dynamo():
+    """Compiled code of other tests, and what this one changes, out of the way."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield torch._dynamo
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", [{}, {"recompute": True, "arch": "C1m1 T1", "d_model": [64, 96]}], ids=["", "more"])
+def test_compiled_blocks_train_alike_and_never_recompile(config, dynamo, change):
+    config = dataclasses.replace(config, steps=12, dtype="fp32", warmup_steps=0, learning_rate=1e-4, **change)
+    eager = Trainer(config)
+    compiled = Trainer(dataclasses.replace(config, compile=True))
+    dynamo.utils.counters.clear()
+    lengths = set()
+    for step in range(12):
+        if step == 4:
+            assert dynamo.utils.counters["stats"]["unique_graphs"] > 4  # it does compile
+            torch._dynamo.config.error_on_recompile = True
+        a, b = eager.train_step(), compiled.train_step()
+        lengths.add(b["stage0/bytes_per_chunk"])
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    assert len(lengths) > 6  # inner stages of many lengths
+
+
+def test_samples_of_a_compiled_model(config, dynamo):
+    trainer = Trainer(dataclasses.replace(config, compile=True, sample_bytes=8))
+    assert "continuation of" in trainer.task.sample()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_and_recomputed_in_two_processes(config, tmp_path, parallel):
+    config = dataclasses.replace(
+        config, dtype="fp32", parallel=parallel, recompute=True, arch="C1 c1", d_model=[64, 96]
+    )
+    jobs = [
+        job(str(compile), dataclasses.replace(config, compile=compile, out=str(tmp_path / str(compile))), "step")
+        for compile in (True, False)
+    ]
+    assert run(tmp_path, jobs) == [0, 0]
+    (a,), (b,) = (found(tmp_path, name)["rows"] for name in ("True", "False"))
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"rate_control": "bias", "weight_ema": 0.9, "optimizer": "muon"}, {"clipping": "adaptive", "clip_window": 3}],
+    ids=["", "bias+ema+muon", "adaptive"],
+)
+def test_a_step_on_a_gpu_waits_for_nothing(config, change):
+    config = dataclasses.replace(
+        config, device="cuda", dtype="bf16", max_chunks=[0.6], arch="m1 T1", d_model=[64, 128], preset="", **change
+    )
+    trainer = Trainer(config)
+    for _ in range(4):
+        trainer.train_step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = [trainer.launch() for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(isinstance(p.reading, Reading) for p in pending)
+    assert all(math.isfinite(trainer.finish(p)["loss"]) for p in pending)

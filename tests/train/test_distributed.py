@@ -1,0 +1,276 @@
+"""Two real processes over gloo against one. This file is also what those processes run: a list of jobs, one trainer
+each, whose results they leave in files."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hnet import HNetForCausalLM
+from hnet.data.packing import Batch, PackStream
+from hnet.train.checkpoint import latest_checkpoint
+from hnet.train.config import TrainConfig
+from hnet.train.distributed import leave, named_state
+from hnet.train.loop import Trainer
+from hnet.train.shards import full
+
+from .test_resume import NOT_EXACT, equal, same_runs
+
+ROOT = Path(__file__).parents[2]
+STEP = {"max_grad_norm": 0.05, "warmup_steps": 0, "schedule": "constant", "dtype": "fp32"}  # the norm is about 1
+STEPS = {  # of one optimiser step
+    "batch": {},
+    "accumulated": {"accumulation": 2, "recompute": True},
+    "global": {"ratio_reduction": "global"},
+}
+RUN = {"rate_control": "bias", "weight_ema": 0.9, "dropout": 0.1, "dtype": "fp32", "ratio_reduction": "global"}
+
+
+# --- in the processes -----------------------------------------------------------------------------------------------
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    weights = {f"weight/{n}": p for n, p in trainer.model.named_parameters()}
+    tensors = {**weights, **named_state(trainer.model, trainer.optimizers, trainer.ema)}
+    return {k: full(v).detach().clone() for k, v in tensors.items()}
+
+
+def work(jobs: str, results: str) -> None:
+    for job in json.loads(Path(jobs).read_text()):
+        trainer = Trainer(TrainConfig(**job["config"]), resume=job.get("resume", False))
+        rank, launch, rows = trainer.world.rank, trainer.launch, []
+        at = {int(step): what for step, what in job.get("at", {}).items()}
+
+        def report(row, events, rows=rows, trainer=trainer):
+            rows.append({k: v for k, v in row.items() if k not in NOT_EXACT})
+            Trainer._report(trainer, row, events)
+
+        def step(at=at, rank=rank, launch=launch, trainer=trainer):
+            what = at.get(trainer.step)
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "interrupt" and rank == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            if what == "raise" and rank == 1:
+                raise ValueError("something is wrong on one process")
+            return launch()
+
+        trainer.launch, trainer._report = step, report
+        if job["do"] == "step":
+            rows.append(trainer.train_step())
+        elif job["do"] == "train":
+            trainer.train()
+        bias = [s.logit_bias for s in trainer.task.compression.stages]
+        found = {"rows": rows, "bias": bias, "state": state_of(trainer)}
+        torch.save(found, Path(results) / f"{job['name']}.{rank}.pt")
+
+
+if __name__ == "__main__":
+    try:
+        work(*sys.argv[1:])
+    finally:
+        leave()
+
+
+# --- outside of them ------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, jobs: list[dict], processes: int = 2) -> list[int]:
+    """Exit codes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    shared |= {"WORLD_SIZE": str(processes), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.train.test_distributed", str(folder / "jobs.json"), str(folder)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT,
+                         stdout=subprocess.DEVNULL)
+        for r in range(processes)
+    ]  # fmt: skip
+    try:
+        return [p.wait(timeout=120) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def job(name: str, config: TrainConfig, do: str, **more) -> dict:
+    return {"name": name, "config": dataclasses.asdict(config), "do": do, **more}
+
+
+def found(folder: Path, name: str, rank: int = 0) -> dict:
+    return torch.load(folder / f"{name}.{rank}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes have: the order of sums is theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, one_thread):
+    """(folder, base config): every job that ends by itself, in one pair of processes."""
+    from .conftest import tiny
+
+    folder = tmp_path_factory.mktemp("two")
+    base = tiny(folder / "run")
+    alone = Trainer(dataclasses.replace(base, **RUN, out=str(folder / "alone")))  # unsharded, for fsdp to start from
+    alone.train()
+    torch.save(state_of(alone), folder / "alone.pt")
+    jobs = []
+    for p in ("ddp", "fsdp"):
+        for name, change in STEPS.items():
+            c = dataclasses.replace(base, **STEP, **change, parallel=p, out=str(folder / f"{name}-{p}"))
+            jobs.append(job(f"{name}-{p}", c, "step"))
+        c = dataclasses.replace(base, **RUN, parallel=p, out=str(folder / f"straight-{p}"))
+        jobs.append(job(f"straight-{p}", c, "train"))
+        c = dataclasses.replace(c, steps=50, checkpoint_every=50, eval_every=50, out=str(folder / f"stopped-{p}"))
+        jobs.append(job(f"stopped-{p}", c, "train", at={2: "interrupt"}))
+    c = dataclasses.replace(base, **RUN, parallel="fsdp", out=str(folder / "alone"))
+    jobs.append(job("spread", c, "load", resume="latest"))
+    assert run(folder, jobs) == [0, 0]
+    return folder, base
+
+
+def close(one: dict, two: dict, names: list[str]) -> None:
+    """The moments (the clipped gradient) agree to rounding of the largest value of each tensor, and the weights to a
+    thousandth of the step, 1e-3: AdamW divides by the gradient, whose rounding counts where it is as small as eps."""
+    assert one["state"].keys() == two["state"].keys()
+    for k, v in one["state"].items():
+        error = (v - two["state"][k]).abs().max()
+        assert error <= (1e-6 if k.startswith("weight/") else 1e-5 * v.abs().max()), f"{k}: {error} of {v.abs().max()}"
+    a, b = one["rows"][-1], two["rows"][-1]
+    for k in names:
+        assert a[k] == pytest.approx(b[k], rel=1e-5), k
+    assert a["grad_norm"] > 2 * STEP["max_grad_norm"]  # clipping did something
+
+
+NAMES = ["bytes", "loss", "ce", "ratio_loss", "grad_norm", "stage0/grad_norm", "stage1/grad_norm", "stage0/G"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["batch", "accumulated"])
+def test_a_step_is_that_of_one_process(ran, parallel, name):
+    folder, base = ran
+    twice = 2 * STEPS[name].get("accumulation", 1)
+    alone = Trainer(dataclasses.replace(base, **STEP, accumulation=twice, out=str(folder / "x")))
+    row = alone.train_step()
+    close({"rows": [row], "state": state_of(alone)}, found(folder, f"{name}-{parallel}"), NAMES)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_with_the_global_ratio_loss_is_that_of_both_packs_as_one(ran, parallel):
+    folder, base = ran
+    alone = Trainer(dataclasses.replace(base, **STEP, out=str(folder / "x")))
+    source, half = alone.task.stream.source, base.batch_bytes // 2
+    a, b = (next(PackStream(source, base.seq_len, half, base.seed, rank, 2)) for rank in (0, 1))
+    merged = Batch(
+        torch.cat([a.input_ids, b.input_ids]), torch.cat([a.targets, b.targets]),
+        torch.cat([a.cu_seqlens, a.cu_seqlens[-1] + b.cu_seqlens[1:]]), max(a.max_seqlen, b.max_seqlen),
+        a.num_bytes + b.num_bytes,
+    )  # fmt: skip
+    alone.task.stream = iter([merged])
+    row = alone.train_step()
+    one, two = {"rows": [row], "state": state_of(alone)}, found(folder, f"global-{parallel}")
+    close(one, two, NAMES)
+    assert found(folder, f"batch-{parallel}")["rows"][0]["ratio_loss"] != pytest.approx(row["ratio_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_processes_have_the_same_rows_biases_and_weights(ran, parallel):
+    first, second = (found(ran[0], f"straight-{parallel}", rank) for rank in (0, 1))
+    assert len(first["rows"]) == 8
+    equal(first, second)
+    assert first["bias"][0] != 0
+
+
+def test_ddp_and_fsdp_train_alike(ran):
+    a, b = (found(ran[0], f"straight-{p}")["rows"] for p in ("ddp", "fsdp"))
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
+    assert a[-1]["ema_val_ce"] == pytest.approx(b[-1]["ema_val_ce"], rel=1e-4)
+    assert b[-1]["ema_val_ce"] != b[-1]["val_ce"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_interrupt_of_one_process_stops_all_at_the_same_step(ran, parallel):
+    folder, _ = ran
+    for rank in (0, 1):
+        assert [r["step"] for r in found(folder, f"stopped-{parallel}", rank)["rows"]] == [1, 2, 3]
+    assert latest_checkpoint(folder / f"stopped-{parallel}" / "checkpoints").name == "step_00000003"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_kill_9_and_resume_is_exact(ran, parallel, tmp_path):
+    folder, base = ran
+    c = dataclasses.replace(base, **RUN, parallel=parallel, out=str(tmp_path / "run"))
+    assert run(tmp_path, [job("killed", c, "train", at={6: "kill"})]) == [-signal.SIGKILL] * 2
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").name == "step_00000004"
+    assert run(tmp_path, [job("resumed", c, "train", resume="latest")]) == [0, 0]
+    same_runs(folder / f"straight-{parallel}", tmp_path / "run")
+    for rank in (0, 1):
+        straight, resumed = (found(f, n, rank) for f, n in ((folder, f"straight-{parallel}"), (tmp_path, "resumed")))
+        equal(straight["state"], resumed["state"])
+        equal(straight["rows"][4:], resumed["rows"])
+
+
+def test_a_sharded_checkpoint_is_read_by_one_process_and_by_three(ran, tmp_path):
+    folder, base = ran
+    path, saved = folder / "straight-fsdp", found(folder, "straight-fsdp")["state"]
+    assert (latest_checkpoint(path / "checkpoints") / "sharded" / ".metadata").is_file()
+    c = dataclasses.replace(base, **RUN, parallel="fsdp", out=str(path))
+    alone = Trainer(c, resume=True)
+    equal(saved, state_of(alone))
+    alone.train_step()
+    model = HNetForCausalLM.from_pretrained(latest_checkpoint(path / "checkpoints"))
+    equal(dict(model.state_dict()), {k[7:]: v for k, v in saved.items() if k.startswith("weight/")})
+
+    c = dataclasses.replace(c, batch_bytes=768)
+    assert run(tmp_path, [job("three", c, "load", resume="latest")], processes=3) == [0, 0, 0]
+    equal(saved, found(tmp_path, "three", 2)["state"])
+
+
+def test_a_sharded_run_starts_from_an_unsharded_checkpoint(ran):
+    folder, _ = ran
+    equal(torch.load(folder / "alone.pt", weights_only=True), found(folder, "spread", 1)["state"])
+
+
+def test_an_error_of_one_process_ends_the_others(ran, tmp_path):
+    c = dataclasses.replace(ran[1], out=str(tmp_path / "run"))
+    codes = run(tmp_path, [job("wrong", c, "train", at={2: "raise"})])
+    assert codes[0] != 0
+    assert codes[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"optimizer": "muon"}, "whole matrices"), ({"async_checkpoints": True}, "async_checkpoints must be off")],
+)
+def test_fsdp_refuses_what_it_cannot_do(config, change, message):
+    from hnet.train.distributed import World, shard
+
+    with pytest.raises(ValueError, match=message):
+        shard(torch.nn.Linear(2, 2), dataclasses.replace(config, parallel="fsdp", **change), World(0, 2, 0))
+
+
+def test_torchrun(config):
+    config = dataclasses.replace(config, parallel="fsdp", steps=2)
+    path = Path(config.out).parent / "config.toml"
+    path.write_text(config.to_toml())
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hnet", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *command, str(path)], env=environment, cwd=ROOT, timeout=120)
+    assert result.returncode == 0
+    HNetForCausalLM.from_pretrained(latest_checkpoint(Path(config.out) / "checkpoints"))
