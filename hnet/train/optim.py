@@ -91,10 +91,14 @@ class Optimizers:
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, state: list[dict]) -> None:
+        """Moments and step counts; rates and weight decay are what this run's config says."""
         for part, s in zip(self.parts, state, strict=True):
+            kept = [{k: g[k] for k in ("lr", "peak", "weight_decay")} for g in part.param_groups]
             params = [p for g in part.param_groups for p in g["params"]]
             moments = {i: {k: like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
             part.load_state_dict({**s, "state": moments})
+            for group, own in zip(part.param_groups, kept, strict=True):
+                group.update(own)
 
 
 def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:

@@ -122,6 +122,13 @@ def test_learning_rate_multipliers_and_clipping(config):
     assert total.item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_a_resumed_run_takes_a_changed_learning_rate(config):
+    config = dataclasses.replace(config, schedule="constant")
+    Trainer(config).train()
+    changed = dataclasses.replace(config, steps=9, learning_rate=5e-4)
+    assert Trainer(changed, resume=True).train_step()["stage1/lr"] == pytest.approx(5e-4)
+
+
 def test_truncate_metrics(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
