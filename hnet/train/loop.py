@@ -38,6 +38,8 @@ class Pending:
     """A step that was launched; its numbers may still be on the device."""
 
     step: int
+    bytes: int
+    waited: float  # seconds for its data
     row: dict[str, Any]
     reading: Reading
 
@@ -81,6 +83,7 @@ class Trainer:
         self.background = checkpoint.Background()
         self.step = self.bytes = 0
         self.seconds = 0.0
+        self.mark: float | None = None  # when the last step was finished; None after a pause
         self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
         if resume:
@@ -101,6 +104,8 @@ class Trainer:
     def launch(self) -> Pending:
         """Queue one optimiser step; waits for the device nowhere."""
         c, begin = self.config, time.perf_counter()
+        if self.mark is None:
+            self.mark = begin
         batches = [next(self.task.stream).to(self.device) for _ in range(c.accumulation)]
         waited = time.perf_counter() - begin
         mine = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
@@ -128,23 +133,27 @@ class Trainer:
         self.task.after_step(self.step, means)
         self.step += 1
         self.bytes += mine * self.world.size
-        took = time.perf_counter() - begin
-        self.seconds += took
         row = {
-            "step": self.step, "bytes": self.bytes, "time": self.seconds, "lr": c.learning_rate * factor,
-            "bytes_per_second": mine * self.world.size / took, "data_wait_share": waited / took,
+            "step": self.step, "bytes": self.bytes, "lr": c.learning_rate * factor,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
         stopping = torch.full((), float(self.interrupted), device=self.device)  # all stop at the step where one does
         names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "stop"]
         values = torch.cat([vector, norms, total[None], distributed.add_up(stopping, self.world)[None]])
-        return Pending(self.step, row, Reading(names, values))
+        return Pending(self.step, mine * self.world.size, waited, row, Reading(names, values))
 
     def finish(self, pending: Pending) -> dict[str, Any]:
         """The line of metrics.jsonl of a step, once its numbers have arrived."""
         means = pending.reading.read()
+        now = time.perf_counter()
+        took, self.mark = now - (now if self.mark is None else self.mark), now
+        self.seconds += took
         self.stop = self.stop or means.pop("stop") > 0
-        row = {**pending.row, "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2)}
+        row = {
+            **pending.row, "time": self.seconds, "bytes_per_second": pending.bytes / max(took, 1e-9),
+            "data_wait_share": pending.waited / max(took, 1e-9),
+            "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2),
+        }  # fmt: skip
         row |= self.task.row(pending.step - 1, means)
         row |= {k: v for k, v in means.items() if k.endswith("grad_norm")}
         if "flops_per_byte" in row:
@@ -230,7 +239,9 @@ class Trainer:
                     if evaluating:
                         self._after_evaluation(result)
                     if saving or self.stop or self.stopping.best_step == self.step:
-                        self._save_and_report(result if evaluating else None, last=last or self.stop)
+                        self._save_and_report(last=last or self.stop)
+                    if not queue:
+                        self.mark = None
                 while queue:
                     row = self.finish(queue.popleft())
                     self._report(row, self.react(row))
@@ -368,7 +379,7 @@ class Trainer:
                 job()
         return root / f"step_{step:08d}"
 
-    def _save_and_report(self, result: dict[str, float] | None, last: bool) -> None:
+    def _save_and_report(self, last: bool) -> None:
         """Save; a full disk costs this checkpoint, not the run, unless it is the last."""
         try:
             self.save()
