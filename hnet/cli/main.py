@@ -1,4 +1,4 @@
-"""hnet: train, generate, segment, plot, diagnose, info."""
+"""hnet: train, eval, generate, segment, plot, diagnose, info; train-chunk-lm, generate-chunk-lm."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hnet.train.config import TrainConfig
 from hnet.train.keys import read_toml
 
 from .diagnose import diagnose, plot
+from .evaluate import evaluate
 from .options import ManyValues, config_options, given
 
 
@@ -163,6 +164,7 @@ def generate_chunk_lm(model: str, prompt: str | None, **options: Any) -> None:
     click.echo()
 
 
+main.add_command(evaluate)
 main.add_command(plot)
 main.add_command(diagnose)
 
