@@ -80,7 +80,9 @@ def test_make_gpu_says_what_is_missing():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for part in ("gpu-build", "gpu-test", "gpu-bench"):
-        done = subprocess.run(["make", part, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "--no-print-directory", part, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode != 0
         assert "sees no CUDA device" in done.stderr
         assert done.stdout == ""
