@@ -2,7 +2,8 @@
 
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
-every row); it stays empty as long as there is no such file. `python -m benchmarks.table NAME` prints one table in full
+every row); it stays empty as long as there is no such file. `chunk_lm` is the ChunkLM part of results/cpu.json, and
+`training_*` are those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full
 (`card`: that of the GPU here).
 """
 
@@ -72,7 +73,48 @@ def cpu_section(data: dict) -> str:
         f"D = {shape['D']}, {shape['N']} ragged sequences, mean chunk about 5; medians, one run: "
         f"`{m['command']}`."
     )
-    return "\n".join([*op_table(ops), "", about, "", *step_lines([r for r in rows if "model" in r]), ""])
+    steps = step_lines([r for r in rows if "model" in r and r["model"] != "ChunkLM"])
+    return "\n".join([*op_table(ops), "", about, "", *steps, ""])
+
+
+def where(m: dict) -> str:
+    return f"{m['cpu']} ({m['isa']}, {m['threads']} threads), torch {m['torch']}, {m['date']}: `{m['command']}`."
+
+
+# --- longer experiments, and ChunkLM ------------------------------------------------------------------------------
+
+
+def chunk_lm_section(data: dict) -> str:
+    lines = ["| windows x bytes | | ms a step |", "|--:|---|--:|"]
+    for r in data["rows"]:
+        if r.get("model") == "ChunkLM" and r["op"] == "training step":
+            for name, t in r["seconds"].items():
+                lines.append(line([f"{r['B']} x {r['T']}", name, f"{1e3 * t:.0f}"]))
+    return "\n".join([*lines, "", where(data["machine"]), ""])
+
+
+def rate_section(data: dict) -> str:
+    lines = [
+        "| target | rate control | bytes per chunk, held out | off | held-out bits per byte |",
+        "|--:|---|--:|--:|--:|",
+    ]
+    for r in data["rows"]:
+        cells = [f"{r['target']:g}", r["rate_control"], f"{r['realised']:.2f}", f"{100 * r['off']:+.1f} %"]
+        lines.append(line([*cells, f"{r['val_bpb']:.3f}"]))
+    return "\n".join([*lines, "", where(data["machine"]), ""])
+
+
+def curriculum_section(data: dict) -> str:
+    lines = ["| curriculum | seconds in steps | steps | raises | held-out bits per byte |", "|---|--:|--:|---|--:|"]
+    for r in data["rows"]:
+        raises = ", ".join(f"{step}" for step, _ in r["raises"]) or "-"
+        name = "plateau" if r["curriculum"] == "plateau" else "none: full bandwidth"
+        lines.append(line([name, f"{r['seconds']:.0f}", str(r["steps"]), raises, f"{r['val_bpb']:.3f}"]))
+    return "\n".join([*lines, "", where(data["machine"]), ""])
+
+
+SECTIONS = {"chunk_lm": ("cpu", chunk_lm_section), "training_rate": ("training_rate", rate_section),
+            "training_curriculum": ("training_curriculum", curriculum_section)}  # fmt: skip
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------
@@ -150,6 +192,9 @@ def gpu_sections(full: bool) -> str:
 def render(name: str) -> str:
     if name in ("gpus", "gpus-all"):
         return gpu_sections(full=name == "gpus-all")
+    if name in SECTIONS:
+        file, section = SECTIONS[name]
+        return section(load(file)) if (RESULTS / f"{file}.json").is_file() else ""
     data = load(name)
     return gpu_section(data, full=True) if "gpu" in data["machine"] else cpu_section(data)
 
