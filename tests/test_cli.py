@@ -120,3 +120,20 @@ def test_importing_needs_no_accelerator_package():
     code = f"import sys, hnet; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """What `make demo` runs, two steps of it: data found, trained, evaluated, continued, segmented."""
+    out = hnet("demo", "--steps", 2, "--out", tmp_path / "demo")
+    assert out.returncode == 0, out.stderr
+    for text in (
+        "MB of Python",
+        "Held-out bits per byte: 8.",
+        "A continuation",
+        "def read_lines(path):",
+        "Chunks it learned",
+    ):
+        assert text in out.stdout
+    assert "|" in out.stdout.split("Chunks it learned")[1]
+    assert (tmp_path / "demo" / "plots").is_dir()
