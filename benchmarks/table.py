@@ -2,8 +2,7 @@
 
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
-every row); it stays empty as long as there is no such file. `chunk_lm` is the ChunkLM part of results/cpu.json, and
-`training_*` are those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full
+every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, and `training_*` are those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full
 (`card`: that of the GPU here).
 """
 

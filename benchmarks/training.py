@@ -51,7 +51,7 @@ def rate(out: Path) -> list[dict]:
     return rows
 
 
-def curriculum(out: Path, seconds: float = 200.0) -> list[dict]:
+def curriculum(out: Path, seconds: float = 120.0) -> list[dict]:
     """A 1.5M-parameter ChunkLM, constant rate but for the last fifth; each way gets the same time to train."""
     rows = []
     for kind in ("plateau", "none"):
