@@ -2,8 +2,9 @@
 
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
-every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, and `training_*` are those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full
-(`card`: that of the GPU here).
+every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, and `training_*` are
+those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full (`card`: that of
+the GPU here).
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def curriculum_section(data: dict) -> str:
     return "\n".join([*lines, "", where(data["machine"]), ""])
 
 
-SECTIONS = {"chunk_lm": ("cpu", chunk_lm_section), "training_rate": ("training_rate", rate_section),
+SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
             "training_curriculum": ("training_curriculum", curriculum_section)}  # fmt: skip
 
 

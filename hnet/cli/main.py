@@ -39,8 +39,8 @@ def main(traceback: bool) -> None:
     from hnet_kernels import keep_memory
 
     keep_memory()
-    # Every new chunk count is a new shape, and oneDNN keeps a compiled bf16 product for each of the last 1024: gigabytes
-    # for a small model. 128 are as fast (laptop model, 60 steps: 440 ms a step either way, 1.4 against 1.8 GB and rising).
+    # Every new chunk count is a new shape, and oneDNN keeps a compiled bf16 product for each of the last 1024:
+    # gigabytes for a small model. 128 are as fast (laptop model, 60 steps: 1.4 GB against 1.8 and rising).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
