@@ -1,4 +1,4 @@
-"""hnet: train, eval, generate, segment, plot, diagnose, info; train-chunk-lm, generate-chunk-lm."""
+"""hnet: train, eval, export, generate, segment, plot, diagnose, info; train-chunk-lm, generate-chunk-lm."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hnet.train.keys import read_toml
 
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
+from .export import export
 from .options import ManyValues, config_options, given
 
 
@@ -169,6 +170,7 @@ def generate_chunk_lm(model: str, prompt: str | None, **options: Any) -> None:
 
 
 main.add_command(evaluate)
+main.add_command(export)
 main.add_command(plot)
 main.add_command(diagnose)
 

@@ -1,0 +1,35 @@
+"""`hnet export`: a run's weights as a model directory, without what only training needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from .evaluate import checkpoint_of, load, load_average
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@click.command("export")
+@click.argument("model", type=click.Path())
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--ema", is_flag=True, help="The average of the weights that weight_ema keeps.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+def export(model: str, out: Path, ema: bool, dtype: str) -> None:
+    """Write MODEL (a run directory, a checkpoint, a weights file) to OUT: config.json and model.safetensors.
+
+    `from_pretrained(OUT)` and every command read it. Residual projections of an H-Net stay fp32.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"OUT must be a new or empty folder, got {out}")
+    path = checkpoint_of(model)
+    lm = load(path, torch.device("cpu"))
+    if ema:
+        load_average(lm, path)
+    cast = getattr(lm, "cast", lm.to)
+    cast(DTYPES[dtype])
+    lm.save_pretrained(out)
+    size = sum(f.stat().st_size for f in out.iterdir())
+    click.echo(f"wrote {out}: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
