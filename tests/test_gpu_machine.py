@@ -38,6 +38,17 @@ class Block:
 
 OWNERS = metadata.packages_distributions()
 sys.meta_path.insert(0, Block())
+
+import importlib.util
+find_spec = importlib.util.find_spec
+
+def find_or_none(name, package=None):  # as where it is really not installed
+    try:
+        return find_spec(name, package)
+    except ModuleNotFoundError:
+        return None
+
+importlib.util.find_spec = find_or_none
 """
 
 
