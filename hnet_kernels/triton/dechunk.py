@@ -236,8 +236,8 @@ def _bwd_plan(D, dtype, gpu):
     if dtype == torch.float32:
         return _plan(D, dtype, gpu, 16, 64, 32, 4, 2, HAS_DRESIDUAL=False)
     if gpu in ("sm_90", "sm_100"):  # asynchronous matrix products leave registers for a larger tile
-        return _plan(D, dtype, gpu, 64, 64, 64, 4 if gpu == "sm_90" else 8, 3, HAS_DRESIDUAL=True)
-    return _plan(D, dtype, gpu, 32, 64, 64, 4, 3, HAS_DRESIDUAL=True)
+        return _plan(D, dtype, gpu, 64, 64, 64, 8, 3, HAS_DRESIDUAL=True)
+    return _plan(D, dtype, gpu, 32, 64, 64, 8 if gpu == "sm_80" else 4, 3, HAS_DRESIDUAL=True)
 
 
 FWD = Kernel(
