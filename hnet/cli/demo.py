@@ -72,7 +72,7 @@ def demo(out: str, steps: int) -> None:
 
 def snippet(trainer: Trainer, size: int = 600) -> bytes:
     """Some whole lines from the middle of the longest held-out file."""
-    document = max((trainer.task.val.document(i) for i in range(len(trainer.task.val))), key=len).tobytes()
+    document = trainer.task.val.longest()
     at = document.find(b"\ndef ", len(document) // 3) + 1
     piece = document[at : at + size]
     return piece[: piece.rfind(b"\n") + 1] or piece

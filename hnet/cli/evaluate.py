@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from hnet.chunk_lm import ChunkLM, chunk_lm_loss, eval_windows
-from hnet.chunk_lm.config import MODEL_TYPE
 from hnet.data.corpus import Corpus
 from hnet.data.files import DOCUMENTS, read_corpus
 from hnet.data.packing import eval_batches
 from hnet.data.streaming import DocumentStream
 from hnet.model.causal_lm import HNetForCausalLM
-from hnet.model.checkpoint_format import CONFIG, read_weights
-from hnet.train.checkpoint import EMA, RUN, latest_checkpoint
-from hnet.train.loop import pick_autocast, pick_device
+from hnet.train.checkpoint import RUN
+from hnet.train.device import pick_autocast, pick_device
+
+from .models import checkpoint_of, load, load_average
 
 SEQ_LEN = 8192  # of the published models, where no run says otherwise
 
@@ -69,56 +69,10 @@ def evaluate(
 # --- what is evaluated --------------------------------------------------------------------------------------------
 
 
-def checkpoint_of(model: str) -> str:
-    """The latest checkpoint of a run directory; anything else as it is."""
-    root = Path(model) / "checkpoints"
-    return str(latest_checkpoint(root)) if root.is_dir() else model
-
-
 def trained_with(path: str) -> dict[str, Any]:
     """The configuration of the run that wrote a checkpoint, empty for other models."""
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / RUN
     return json.loads(file.read_text())["config"] if file.is_file() else {}
-
-
-def is_chunk_lm(path: str) -> bool:
-    """By its config.json; a lone .pt file by what is in it."""
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / CONFIG
-    if file.is_file():
-        return json.loads(file.read_text()).get("model_type") == MODEL_TYPE
-    if Path(path).suffix == ".pt" and Path(path).is_file():
-        try:
-            saved = torch.load(path, map_location="meta", weights_only=True)
-        except Exception:  # a published pickle; whatever is wrong, the H-Net's reader says it better
-            return False
-        config = saved.get("config") if isinstance(saved, dict) else None
-        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
-    return False
-
-
-def load(path: str, device: torch.device) -> HNetForCausalLM | ChunkLM:
-    if is_chunk_lm(path):
-        return ChunkLM.from_pretrained(path, device=device).eval()
-    return HNetForCausalLM.from_pretrained(path, device=device).eval()
-
-
-@torch.no_grad()
-def load_average(model: torch.nn.Module, path: str) -> None:
-    """Replace the weights by the average beside them.
-
-    Raises:
-        FileNotFoundError: the checkpoint has none.
-        ValueError: it is not that of this model.
-    """
-    file = Path(path) / EMA
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no {EMA}: --ema needs a checkpoint of a run with weight_ema")
-    average = read_weights(file)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if average.keys() != own.keys() or any(average[n].shape != p.shape for n, p in own.items()):
-        raise ValueError(f"{file} does not hold the parameters of the model beside it")
-    for name, p in own.items():
-        p.copy_(average[name])
 
 
 def read_text(files: tuple[str, ...], limit: int | None, pattern: str, documents: str, text_key: str) -> Corpus:

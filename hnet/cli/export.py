@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import torch
 
-from .evaluate import checkpoint_of, load, load_average
+from .models import checkpoint_of, load, load_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

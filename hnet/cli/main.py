@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import click
 
 from hnet.train.chunk_lm_config import ChunkLMTrainConfig
 from hnet.train.config import TrainConfig
+from hnet.train.guards import RunFailed
 from hnet.train.keys import read_toml
 
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
 from .export import export
+from .models import checkpoint_of, load_hnet
 from .options import ManyValues, config_options, given
 
 
@@ -26,9 +29,8 @@ class OneLineErrors(click.Group):
         try:
             return super().invoke(ctx)
         except Exception as e:
-            if not isinstance(e, ValueError | TypeError | OSError) and type(e).__name__ != "RunFailed":
-                raise
-            if isinstance(e, BrokenPipeError) or ctx.params.get("traceback"):
+            mistake = isinstance(e, ValueError | TypeError | OSError | RunFailed) and not isinstance(e, BrokenPipeError)
+            if not mistake or ctx.params.get("traceback"):
                 raise
             raise click.ClickException(str(e)) from None
 
@@ -87,26 +89,38 @@ def demo(out: str, steps: int) -> None:
     run(out, steps)
 
 
-@main.command()
-@click.argument("model", type=click.Path())
-@click.option("--prompt", help="Text to continue; default: standard input.")
-@click.option("--max-new-bytes", default=256, show_default=True)
-@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=0.95, show_default=True)
-@click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Makes the text repeatable.")
-def generate(model: str, prompt: str | None, max_new_bytes: int, **options: Any) -> None:
-    """Continue a prompt. MODEL is a run directory, a checkpoint, a .safetensors or .pt file, or a repository."""
-    from hnet.generate.engine import stream_text
+def text_options(command: Callable) -> Callable:
+    for option in reversed([
+        click.argument("model", type=click.Path()),
+        click.option("--prompt", help="Text to continue; default: standard input."),
+        click.option("--max-new-bytes", default=256, show_default=True),
+        click.option("--temperature", default=0.8, show_default=True, help="0 is greedy."),
+        click.option("--top-p", default=0.95, show_default=True),
+        click.option("--repetition-penalty", default=1.0, show_default=True),
+        click.option("--seed", type=int, help="Makes the text repeatable."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
 
+
+def write_text(stream: Callable, model: Any, prompt: str | None, options: dict[str, Any]) -> None:
+    """The prompt, then what `stream` makes of it, piece by piece."""
     if prompt is None:
         prompt = sys.stdin.read()
-    lm = load_model(model)
     click.echo(prompt, nl=False)
-    for piece in stream_text(lm, prompt, max_new_bytes=max_new_bytes, **options):
+    for piece in stream(model, prompt, **options):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
+
+
+@main.command()
+@text_options
+def generate(model: str, prompt: str | None, **options: Any) -> None:
+    """Continue a prompt. MODEL is a run directory, a checkpoint, a .safetensors or .pt file, or a repository."""
+    from hnet.generate.engine import stream_text
+
+    write_text(stream_text, load_hnet(model), prompt, options)
 
 
 @main.command()
@@ -121,7 +135,7 @@ def segment(model: str, file: Any, count: int, stage: int) -> None:
     from hnet.segment import boundaries, render_plain, render_rich
 
     text = file.read(count)
-    starts = boundaries(load_model(model), text)
+    starts = boundaries(load_hnet(model), text)
     if not 0 <= stage < len(starts):
         raise ValueError(f"stage must be 0 to {len(starts) - 1} for this model, got {stage}")
     console = Console(highlight=False)
@@ -144,29 +158,14 @@ def train_chunk_lm(config: str | None, resume: bool, **options: Any) -> None:
 
 
 @main.command("generate-chunk-lm")
-@click.argument("model", type=click.Path())
-@click.option("--prompt", help="Text to continue; default: standard input.")
-@click.option("--max-new-bytes", default=256, show_default=True)
-@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=0.95, show_default=True)
-@click.option("--repetition-penalty", default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Makes the text repeatable.")
+@text_options
 @click.option("--stateful", is_flag=True, help="Remember the text beyond the window (causal or spectral-state models).")
 def generate_chunk_lm(model: str, prompt: str | None, **options: Any) -> None:
     """Continue a prompt with a ChunkLM. MODEL is a run directory, a checkpoint, or a --ckpt file."""
     from hnet.chunk_lm import ChunkLM
     from hnet.generate.chunk_lm import generate_text
-    from hnet.train.checkpoint import latest_checkpoint
 
-    if prompt is None:
-        prompt = sys.stdin.read()
-    root = Path(model) / "checkpoints"
-    lm = ChunkLM.from_pretrained(latest_checkpoint(root) if root.is_dir() else model)
-    click.echo(prompt, nl=False)
-    for piece in generate_text(lm, prompt, **options):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
+    write_text(generate_text, ChunkLM.from_pretrained(checkpoint_of(model)), prompt, options)
 
 
 main.add_command(evaluate)
@@ -183,13 +182,3 @@ def info() -> None:
 
     click.echo(report())
     click.echo("presets: " + ", ".join(HNetConfig.presets()))
-
-
-def load_model(path: str):
-    """A model from a run directory (its latest checkpoint), or whatever `from_pretrained` takes."""
-    from hnet.model.causal_lm import HNetForCausalLM
-    from hnet.train.checkpoint import latest_checkpoint
-
-    root = Path(path) / "checkpoints"
-    model = HNetForCausalLM.from_pretrained(latest_checkpoint(root) if root.is_dir() else path)
-    return model.eval()

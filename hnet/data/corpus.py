@@ -49,6 +49,10 @@ class Corpus:
     def document(self, i: int) -> np.ndarray:
         return self.buffer[self.begin[i] : self.end[i]]
 
+    def longest(self, among: int | None = None) -> bytes:
+        """The longest of the first `among` documents, or of all."""
+        return self.document(int(self.sizes[:among].argmax())).tobytes()
+
     def select(self, documents: Iterable[int] | np.ndarray) -> Corpus:
         """These documents in this order; copies no text."""
         which = documents if isinstance(documents, np.ndarray) else np.fromiter(documents, dtype=np.int64)

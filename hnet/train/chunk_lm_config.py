@@ -85,7 +85,7 @@ class ChunkLMTrainConfig(RunConfig):
             stages = {e * self.steps_per_epoch / self.steps: low for e, low in STAGES.items()}
             self.restart_at = [at for at in stages if at < 1]
             self.restart_min = [stages[at] for at in self.restart_at]
-        self.check()
+        super().validate()
         self.model()
         self.make_curriculum()
         return self

@@ -52,7 +52,7 @@ class ChunkLMTask:
     def loss(self, model: nn.Module, batch: Windows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         smoothing = self.config.label_smoothing if model.training else 0.0
         with self.autocast():
-            loss, ce = chunk_lm_loss(model, batch, label_smoothing=smoothing)  # type: ignore[arg-type]
+            loss, ce = chunk_lm_loss(self.model, batch, label_smoothing=smoothing)
         return loss, {"ce": ce}
 
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
@@ -67,7 +67,7 @@ class ChunkLMTask:
         self.model.set_cutoff(self.curriculum.cutoff)
         return events
 
-    def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
+    def lines(self, row: dict[str, Any]) -> list[str]:
         """What is printed of a finished step."""
         c, out = self.config, []
         at = (row["step"] - 1) % c.steps_per_epoch + 1
@@ -78,7 +78,7 @@ class ChunkLMTask:
             mean = sum(self.losses) / len(self.losses)
             out.append(f"Epoch {row['epoch']} avg_loss={mean:.2f} cutoff={row['cutoff']}/{self.model.bins}")
             self.losses.clear()
-        return out + [e.message for e in events if e.name == "cutoff_raised"]
+        return out
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -96,11 +96,9 @@ class ChunkLMTask:
 
     def sample(self) -> tuple[str, Text]:
         c = self.config
-        held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
+        held_out = self.val.longest(64)
         prompt = c.sample_prompt.encode() or held_out[: c.seq_len]
-        training = self.model.training
         new = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
-        self.model.train(training)
         text = new.decode(errors="replace")
         return f"--- continuation of {prompt[-64:].decode(errors='replace')!r}\n{text}\n", Text(text)
 

@@ -32,7 +32,6 @@ class RunConfig:
     val_fraction: float = key(0.05, "share of the bytes held out at random when nothing else says what to hold out")
     seq_len: int = key(1024, "longest sequence in bytes; longer documents are cut", low=2)
     shuffle_bytes: int = key(33554432, "hf: streams are shuffled within windows of this size, which memory must hold")
-    num_workers: int = key(0, "processes that make batches ahead; 0: none, batches are made between steps", low=0)
     accumulation: int = key(
         1, "micro-batches a process runs for one step; batch_bytes is their sum over all processes", low=1
     )
@@ -119,8 +118,6 @@ class RunConfig:
         "several processes (torchrun): ddp, or fsdp (weights, gradients and optimiser sharded)",
         choices=("ddp", "fsdp"),
     )
-    compile: bool = key(False, "torch.compile the blocks, shapes dynamic")
-    recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
     profile: int = key(0, "write a torch profiler trace of this many steps, from step 10 on", low=0)
     log_every: int = key(1, "steps between lines of metrics.jsonl", low=1)
     eval_every: int = key(250, "steps between held-out evaluations (also one at the end)", low=1)
@@ -145,8 +142,9 @@ class RunConfig:
         if not ok:
             raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
-    def check(self) -> None:
-        """
+    def validate(self) -> RunConfig:
+        """Returns self.
+
         Raises:
             ValueError: a value out of range, naming the key, what it is and what it may be.
         """
@@ -160,6 +158,9 @@ class RunConfig:
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:
                 raise ValueError(f"{name} needs its package: pip install {name}")
+        restarts = self.schedule == "restarts"
+        self.need(restarts or not self.restart_on_plateau, "restart_on_plateau", "off unless schedule is restarts")
+        return self
 
     def to_toml(self) -> str:
         import tomli_w  # only writing needs it
@@ -224,6 +225,9 @@ class TrainConfig(RunConfig):
     )
 
     # steps and stages
+    num_workers: int = key(0, "processes that make batches ahead; 0: none, batches are made between steps", low=0)
+    compile: bool = key(False, "torch.compile the blocks, shapes dynamic")
+    recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)
     router_lr: float = key(
         0.1,
@@ -257,7 +261,7 @@ class TrainConfig(RunConfig):
             ValueError: a value out of range, naming the key, what it is and what it may be.
             FileNotFoundError: model_config does not exist.
         """
-        self.check()
+        super().validate()
         need = self.need
         for name in ("ratio_weight", "lr_multipliers"):
             value = getattr(self, name)

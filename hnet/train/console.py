@@ -40,8 +40,8 @@ class TrainConsole:
         if self.live:
             self.progress.console.print(picture)
 
-    def event(self, step: int, message: str) -> None:
-        self.progress.console.print(f"step {step}: {message}", markup=False, style="yellow")
+    def event(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, style="yellow")
 
     def update(self, row: dict[str, Any]) -> None:
         chunks = ", ".join(f"{v:.2f}" for k, v in row.items() if k.endswith("/bytes_per_chunk"))

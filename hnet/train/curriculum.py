@@ -69,7 +69,8 @@ class Curriculum:
         old, self.index = self.cutoff, self.index + 1
         self.raised_at = steps_done
         self.plateau.clear()
-        events.append(Event("cutoff_raised", f"Epoch {epoch} CUTOFF RAISED: {old} -> {self.cutoff} ({why})"))
+        message = f"Epoch {epoch} CUTOFF RAISED: {old} -> {self.cutoff} ({why})"
+        events.append(Event("cutoff_raised", message, line=message))
         return events
 
     def _recovery(self, steps_done: int, loss: float, lr_factor: float) -> list[Event]:

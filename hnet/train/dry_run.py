@@ -7,8 +7,8 @@ from hnet.data.sources import open_data
 
 from .config import TrainConfig
 from .cost import plan, positions_per_byte
-from .loop import make_schedule, pick_autocast, pick_device
-from .schedule import Schedule
+from .device import pick_autocast, pick_device
+from .schedule import Schedule, make_schedule
 
 BARS = "▁▂▃▄▅▆▇█"
 

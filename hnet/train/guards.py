@@ -33,6 +33,7 @@ class Event(NamedTuple):
     name: str
     message: str
     action: str = ""  # "", "rollback" or "abort"
+    line: str = ""  # how the console says it; default: the step and the message
 
 
 class Guards:

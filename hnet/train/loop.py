@@ -23,10 +23,11 @@ from .clipping import Clipper
 from .config import RunConfig
 from .console import TrainConsole
 from .cost import peak_flops
+from .device import out_of_memory, pick_autocast, pick_device
 from .guards import Event, Guards, RunFailed
 from .metrics import MetricsFile, Reading, truncate_metrics
 from .optim import Optimizers
-from .schedule import Plateau, Schedule
+from .schedule import Plateau, make_schedule
 from .shards import sharded
 from .stopping import EarlyStopping
 from .task import HNetTask
@@ -56,7 +57,7 @@ class Trainer:
     def __init__(
         self, config: RunConfig, resume: bool | str | Path = False, make_task: Callable[..., Any] | None = None
     ) -> None:
-        self.config = config.validate()  # type: ignore[attr-defined]
+        self.config = config.validate()
         self.out = Path(config.out)
         self.device = pick_device(config.device)
         self.world = distributed.join(self.device.type)
@@ -80,6 +81,10 @@ class Trainer:
         self.stopping = EarlyStopping(config.patience, config.min_delta, config.stop_smoothing)
         self.ema = WeightEMA(self.model, config.weight_ema) if config.weight_ema else None
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        self.stateful: dict[str, Any] = {
+            "data": self.task.stream, "schedule": self.schedule, "plateau": self.plateau, "guards": self.guards,
+            "stopping": self.stopping, "clipper": self.clipper,
+        }  # fmt: skip
         self.background = checkpoint.Background()
         self.step = self.bytes = 0
         self.seconds = 0.0
@@ -252,7 +257,7 @@ class Trainer:
             if not out_of_memory(e):
                 raise
             message = f"out of memory at step {self.step}: lower batch_bytes or raise accumulation, or use recompute"
-            self._write({"step": self.step, "event": "out_of_memory", "message": message})
+            self._event(self.step, Event("out_of_memory", message))
             raise RunFailed(message) from None
         finally:
             for s, handler in before.items():
@@ -298,14 +303,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(row)
 
+    def _event(self, step: int, event: Event) -> None:
+        self.console.event(event.line or f"step {step}: {event.message}")
+        self._write({"step": step, "event": event.name, "message": event.message})
+
     def _report(self, row: dict[str, Any], events: list[Event]) -> None:
         c = self.config
-        for e in events:
-            self._write({"step": row["step"], "event": e.name, "message": e.message})
-            if e.name != "cutoff_raised":  # which the task prints
-                self.console.event(row["step"], e.message)
-        for line in self.task.lines(row, events):
+        for line in self.task.lines(row):
             self.console.say(line)
+        for e in events:
+            self._event(row["step"], e)
         if (
             row["step"] == c.steps
             or self.task.prints
@@ -335,8 +342,7 @@ class Trainer:
         self._load_model(found[-1], checkpoint.load_trainer(found[-1]))
         self.schedule.cut *= self.config.spike_lr_cut
         message = f"rolled back to the weights of {found[-1].name}; learning rate x {self.schedule.cut:g}"
-        self._write({"step": self.step, "event": "rollback", "message": message})
-        self.console.event(self.step, message)
+        self._event(self.step, Event("rollback", message))
 
     def _after_evaluation(self, result: dict[str, float]) -> None:
         if self.config.sample_bytes and self.world.main and not sharded(self.model):
@@ -346,8 +352,7 @@ class Trainer:
         self.stopping.observe(self.step, result["val_ce"])
         if self.stopping.stop and self.step < self.config.steps:
             message = f"early stop: no better validation cross entropy in {self.config.patience} evaluations"
-            self._write({"step": self.step, "event": "early_stop", "message": message})
-            self.console.event(self.step, message)
+            self._event(self.step, Event("early_stop", message))
             self.stop = True
 
     def _interrupt(self, *_: object) -> None:
@@ -389,9 +394,8 @@ class Trainer:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             message = f"checkpoint of step {self.step} not written ({e.strerror}); the one before it is intact"
-            self.console.event(self.step, message)
             with suppress(OSError):  # the same disk
-                self._write({"step": self.step, "event": "disk_full", "message": message})
+                self._event(self.step, Event("disk_full", message))
             if last:
                 raise
 
@@ -399,12 +403,11 @@ class Trainer:
         rng = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "step": self.step, "bytes": self.bytes, "seconds": self.seconds, "optimizers": self.optimizers.state_dict(),
-            "data": self.task.stream.state_dict(), "rng": distributed.gather((rng, cuda), self.world),
-            "schedule": self.schedule.state_dict(), "plateau": self.plateau.state_dict(),
-            "guards": self.guards.state_dict(), "stopping": self.stopping.state_dict(),
-            "clipper": self.clipper.state_dict(), "task": self.task.state_dict(),
+            "step": self.step, "bytes": self.bytes, "seconds": self.seconds,
+            "optimizers": self.optimizers.state_dict(), "task": self.task.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "rng": distributed.gather((rng, cuda), self.world),
+            **{name: part.state_dict() for name, part in self.stateful.items()},
         }  # fmt: skip
 
     def _load_model(self, path: Path, state: dict[str, Any]) -> None:
@@ -421,41 +424,10 @@ class Trainer:
         state = checkpoint.load_trainer(path)
         self._load_model(path, state)
         self.step, self.bytes, self.seconds = state["step"], state["bytes"], state["seconds"]
-        self.task.stream.load_state_dict(state["data"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.plateau.load_state_dict(state["plateau"])
-        self.guards.load_state_dict(state["guards"])
-        self.stopping.load_state_dict(state["stopping"])
-        self.clipper.load_state_dict(state["clipper"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
         if self.world.rank < len(state["rng"]):  # more processes than before: the new ones keep their own seed
             rng, cuda = state["rng"][self.world.rank]
             torch.set_rng_state(rng)
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
-
-
-def make_schedule(c: RunConfig) -> Schedule:
-    return Schedule(
-        c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
-        min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,
-        plateau_factor=c.plateau_factor,
-    )  # fmt: skip
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda' but PyTorch sees no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
-    """bf16 where the matrix units have it: every GPU we support, and CPUs with AVX512-BF16 (1.3x a training step
-    there; without it bf16 is far slower than fp32)."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else None
-    return torch.bfloat16 if name == "bf16" else None
-
-
-def out_of_memory(e: BaseException) -> bool:
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)

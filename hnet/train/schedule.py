@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 
 def cosine(progress: float, low: float) -> float:
@@ -123,3 +126,12 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restarted, self.drops, self.cut = state["restarted"], state["drops"], state["cut"]
+
+
+def make_schedule(c: RunConfig) -> Schedule:
+    """That of a run; its restarts are shares of the steps."""
+    return Schedule(
+        c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
+        min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,
+        plateau_factor=c.plateau_factor,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ after_step(step, means)   what moves after every step, on the device
 row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
 observe(row)              what moves by the numbers of a finished step; events
 evaluate(), sample()      held-out cross entropy; a text to keep and one to look at
-prints, lines(row, events)  whether it prints rows itself, and what
+prints, lines(row)        whether it prints rows itself, and what
 saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
 """
@@ -143,7 +143,7 @@ class HNetTask:
     def sample(self) -> tuple[str, Text]:
         """A continuation and the chunks of a held-out snippet; and the outermost of these in colour."""
         c = self.config
-        held_out = max((self.val.document(i) for i in range(min(len(self.val), 64))), key=len).tobytes()
+        held_out = self.val.longest(64)
         prompt: str | bytes = c.sample_prompt or held_out[:64]
         self.model.eval()
         (new,) = self.model.generate(prompt, max_new_bytes=c.sample_bytes, temperature=0.8, top_p=0.95, seed=0)
@@ -155,7 +155,7 @@ class HNetTask:
         self.model.train()
         return "\n".join(parts) + "\n", render_rich(snippet[:240], stages[0]) if stages else Text()
 
-    def lines(self, row: dict[str, Any], events: list[Event]) -> list[str]:
+    def lines(self, row: dict[str, Any]) -> list[str]:
         return []
 
     def saved(self, checkpoint: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from hnet.train.chunk_lm_task import ChunkLMTask
 from hnet.train.curriculum import Curriculum, check_cutoffs
 from hnet.train.loop import Trainer
 from hnet.train.metrics import read_metrics
-from tests.train.test_resume import Killed, same_runs
+from tests.train.test_resume import run_with_a_crash, same_runs
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -135,20 +135,7 @@ def test_resume_across_a_raise_is_exact(config, crash):
     steps = [r["step"] for r in rows if r.get("event") == "cutoff_raised"]
     assert steps == [8, 12]
     again = dataclasses.replace(config, out=config.out + "2", restart_at=[0.0], restart_min=[0.1])
-    trainer = Trainer(again, make_task=ChunkLMTask)
-    launch = trainer.launch
-
-    def killed():
-        if trainer.step == crash:
-            raise Killed
-        return launch()
-
-    trainer.launch = killed
-    with pytest.raises(Killed):
-        trainer.train()
-    resumed = Trainer(again, resume=True, make_task=ChunkLMTask)
-    assert resumed.step == crash // 6 * 6
-    resumed.train()
+    assert run_with_a_crash(again, crash, make_task=ChunkLMTask) == crash // 6 * 6
     same_runs(Path(config.out), Path(again.out))
 
 

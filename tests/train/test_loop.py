@@ -148,6 +148,7 @@ def test_truncate_metrics(tmp_path):
         ({"preset": "huge"}, "unknown preset 'huge'"),
         ({"batch_bytes": 10**9}, "fewer than one batch of 1000000000"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"restart_on_plateau": True}, "restart_on_plateau must be off unless schedule is restarts, got True"),
     ],
 )
 def test_bad_configs_are_one_line_and_write_nothing(config, change, message):

@@ -23,9 +23,9 @@ class Killed(BaseException):
     pass
 
 
-def run_with_a_crash(config, at):
-    """Train; lose everything since the last checkpoint at step `at`; resume to the end."""
-    trainer = Trainer(config)
+def run_with_a_crash(config, at, **options):
+    """Train; lose everything since the last checkpoint at step `at`; resume to the end. Returns where it went on."""
+    trainer = Trainer(config, **options)
     launch = trainer.launch
 
     def killed():
@@ -37,9 +37,11 @@ def run_with_a_crash(config, at):
     with pytest.raises(Killed):
         trainer.train()
     torch.manual_seed(12345)  # nothing may come from what happens to be in the global generator
-    resumed = Trainer(config, resume=True)
-    assert 0 < resumed.step < at
+    resumed = Trainer(config, resume=True, **options)
+    begin = resumed.step
+    assert 0 < begin < at
     resumed.train()
+    return begin
 
 
 def equal(a, b, where=""):
@@ -98,10 +100,10 @@ def test_resume_is_exact(config, schedule):
     [
         {"rate_control": "alpha", "compression_start": [2.0], "compression_anneal": "plateau", "plateau_window": 2,
          "plateau_threshold": 1.0},
-        {"async_checkpoints": True, "label_smoothing": 0.1, "recompute": True},
+        {"async_checkpoints": True, "label_smoothing": 0.1, "recompute": True, "num_workers": 2},
         {"max_chunks": [0.6], "boundaries": "char-end", "clipping": "off", "straight_through": True},
     ],
-    ids=["alpha+anneal", "async+recompute", "budget"],
+    ids=["alpha+anneal", "async+recompute+workers", "budget"],
 )  # fmt: skip
 def test_resume_is_exact_with(config, change):
     config = dataclasses.replace(config, **change)
