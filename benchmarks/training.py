@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import hnet_kernels as hk
+from hnet.chunk_lm.task import ChunkLMTask
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.demo import config as demo_config
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
-from hnet.train.chunk_lm_task import ChunkLMTask
+from hnet.metrics_log import read_metrics
 from hnet.train.loop import Trainer
-from hnet.train.metrics import read_metrics
 
 from .harness import machine
 
@@ -65,21 +65,21 @@ def curriculum(out: Path, seconds: float = 120.0) -> list[dict]:
             checkpoint_every=10**6, plots=False, sample_bytes=0, out=str(run),
         )  # fmt: skip
         trainer = Trainer(c, make_task=ChunkLMTask)
-        launch = trainer.launch
+        launch = trainer.start_step
 
         def timed(trainer=trainer, launch=launch):
-            left = 1 - trainer.seconds / seconds
+            left = 1 - trainer.state.seconds / seconds
             trainer.schedule.cut = min(1.0, max(left, 0.02) / 0.2)  # linear decay by the clock
             trainer.stop = trainer.stop or left <= 0
             return launch()
 
-        trainer.launch = timed
+        trainer.start_step = timed
         trainer.train()
         final = trainer.evaluate()
         log = read_metrics(run / "metrics.jsonl")
         rows.append(
             {
-                "curriculum": kind, "seconds": trainer.seconds, "steps": trainer.step, **final,
+                "curriculum": kind, "seconds": trainer.state.seconds, "steps": trainer.step, **final,
                 "parameters": sum(p.numel() for p in trainer.model.parameters()),
                 "curve": [[r["time"], r["val_bpb"], r.get("cutoff")] for r in log if "val_bpb" in r],
                 "raises": [[r["step"], r["message"]] for r in log if r.get("event") == "cutoff_raised"],

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from hnet import HNetConfig
-from hnet.architecture import from_shorthand, lr_multipliers, mirrored, num_heads, targets
+from hnet.config.architecture import from_shorthand, lr_multipliers, mirrored, num_heads, targets
 
 
 def test_shorthand_makes_the_published_layout():

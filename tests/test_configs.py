@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from hnet.cli.demo import config as demo_config
+from hnet.config.keys import read_toml
 from hnet.data.streaming import parse_entry
+from hnet.model.cost import plan
 from hnet.train.config import TrainConfig
-from hnet.train.cost import plan
-from hnet.train.keys import read_toml
 from hnet.train.loop import Trainer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

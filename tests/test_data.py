@@ -4,8 +4,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from hnet.config import BOS, EOS
 from hnet.data.corpus import Corpus
-from hnet.data.packing import BOS, EOS, PackStream, eval_batches
+from hnet.data.packing import PackStream, eval_batches
 
 
 def corpus(*texts):

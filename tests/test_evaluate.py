@@ -7,9 +7,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from hnet.chunk_lm.task import ChunkLMTask
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.evaluate import evaluate
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
-from hnet.train.chunk_lm_task import ChunkLMTask
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
-from hnet.train.config import RunConfig, TrainConfig
-from hnet.train.keys import fields
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
+from hnet.config.keys import fields
+from hnet.config.run import RunConfig
+from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 
 from .train.conftest import config  # noqa: F401 (a fixture)
@@ -46,7 +47,7 @@ def test_keys(page):
 
 
 def test_every_event_has_its_line():
-    code = "".join(p.read_text() for p in (ROOT / "hnet" / "train").glob("*.py"))
+    code = "".join(p.read_text() for p in (ROOT / "hnet").rglob("*.py"))
     events = set(re.findall(r'Event\(\s*"(\w+)"', code)) | set(re.findall(r'"event": "(\w+)"', code))
     assert {"non_finite", "disk_full", "cutoff_raised"} <= events
     guards = PAGES[0].read_text().partition("## Guards")[2].partition("\n## ")[0]

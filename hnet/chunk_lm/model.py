@@ -14,16 +14,20 @@ and the content gate sees a running mean. Hidden states are time-major, (T, B, D
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hnet.model.checkpoint_format import load_state, save_pretrained
+
 from . import spectral
 from .causal import causal_filter, running_mean
+from .checkpoint import read_checkpoint
 from .config import ChunkLMConfig
 from .dropout import add_dropped
 from .state import SpectralState
@@ -100,6 +104,8 @@ class Block(nn.Module):
 
 class ChunkLM(nn.Module):
     """The model. Its cutoff is a plain integer, kept in `config.cutoff`: set it with `set_cutoff` or for one call."""
+
+    generate: Callable[..., bytes]  # `hnet.generate.chunk_lm.generate_bytes`, put here by `hnet.generate`
 
     def __init__(self, config: ChunkLMConfig, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -218,12 +224,6 @@ class ChunkLM(nn.Module):
             raise ValueError(f"input_ids must be (batch, 1 .. {limit or 'any'}), got {shape}")
         return input_ids.long()
 
-    def generate(self, prompt: str | bytes, **options: Any) -> bytes:
-        """Continue a prompt; see `hnet.generate.chunk_lm.generate` for the options. Returns the new bytes."""
-        from hnet.generate.chunk_lm import generate
-
-        return b"".join(generate(self, prompt, **options))
-
     def current_config(self) -> ChunkLMConfig:
         """The config with the cutoff as it is now."""
         return self.config
@@ -232,15 +232,20 @@ class ChunkLM(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json (with the cutoff) and model.safetensors into `directory`."""
-        from .checkpoint import save_pretrained
-
         save_pretrained(self, directory)
 
     @staticmethod
     def from_pretrained(
         path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
     ) -> ChunkLM:
-        """Load what `save_pretrained` wrote: see `hnet.chunk_lm.checkpoint.load_pretrained`."""
-        from .checkpoint import load_pretrained
+        """A model from a directory with config.json and model.safetensors, from that .safetensors file, or from the
+        one file of `hnet train-chunk-lm --ckpt`.
 
-        return load_pretrained(path, dtype=dtype, device=device)
+        Raises:
+            FileNotFoundError: no such path, or a file of the two is not there.
+            ValueError: a damaged file, the config of another model; a missing, unknown or misshapen tensor (named).
+        """
+        config, state = read_checkpoint(Path(path))
+        model = ChunkLM(config, dtype=dtype)
+        load_state(model, state, str(path))
+        return model.to(device)

@@ -56,7 +56,7 @@ def diagnose(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to; default: RUN/plots.")
 def plot(run: Path, out: Path | None) -> None:
     """Draw a run's loss, learning rate, gradient norms and compression as PNG files."""
-    from hnet.train.plots import plot_run
+    from hnet.plots.run import plot_run
 
     for path in plot_run(run, out):
         click.echo(str(path))

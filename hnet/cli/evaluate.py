@@ -17,9 +17,9 @@ from hnet.data.corpus import Corpus
 from hnet.data.files import DOCUMENTS, read_corpus
 from hnet.data.packing import eval_batches
 from hnet.data.streaming import DocumentStream
+from hnet.device import pick_autocast, pick_device
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.train.checkpoint import RUN
-from hnet.train.device import pick_autocast, pick_device
 
 from .models import checkpoint_of, load, load_average
 

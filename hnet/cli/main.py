@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
+from hnet.config.keys import read_toml
+from hnet.errors import RunFailed
 from hnet.train.config import TrainConfig
-from hnet.train.guards import RunFailed
-from hnet.train.keys import read_toml
 
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
@@ -58,8 +58,8 @@ def main(traceback: bool) -> None:
 def train(config: str | None, resume: str | None, dry_run: bool, **options: Any) -> None:
     """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default.
     Many processes: torchrun --nproc-per-node N -m hnet train ..."""
+    from hnet.train import distributed
     from hnet.train.checkpoint import list_checkpoints
-    from hnet.train.distributed import leave
     from hnet.train.loop import Trainer
 
     flags = given(options)
@@ -76,7 +76,7 @@ def train(config: str | None, resume: str | None, dry_run: bool, **options: Any)
     try:
         Trainer(values, resume=resume or False).train()
     finally:
-        leave()
+        distributed.finish()
 
 
 @main.command()
@@ -150,7 +150,7 @@ def segment(model: str, file: Any, count: int, stage: int) -> None:
 @config_options(ChunkLMTrainConfig, {"accumulation": ["--accum-steps"], "learning_rate": ["--lr"]})
 def train_chunk_lm(config: str | None, resume: bool, **options: Any) -> None:
     """Train a ChunkLM, the spectral byte model. CONFIG is a TOML file with the keys below; flags beat it."""
-    from hnet.train.chunk_lm_task import ChunkLMTask
+    from hnet.chunk_lm.task import ChunkLMTask
     from hnet.train.loop import Trainer
 
     values = read_toml(config, ChunkLMTrainConfig) if config else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hnet.train.keys import fields
+from hnet.config.keys import fields
 
 _TYPES = {"int": int, "float": float, "str": str}
 

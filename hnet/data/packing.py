@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hnet.config import BOS, EOS
 from hnet.data.corpus import Corpus
-
-BOS, EOS = 254, 255
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Packed:
         )
 
 
-def join(packs: list[Packed]) -> Packed:
+def concatenate(packs: list[Packed]) -> Packed:
     if len(packs) == 1:
         return packs[0]
     begins = np.cumsum([0, *map(len, packs)], dtype=np.int32)
@@ -192,7 +191,7 @@ class PackStream:
             room -= len(part)
             self.position += len(part)
         self.position += (self.world_size - 1 - self.rank) * self.batch_bytes
-        return join(parts)
+        return concatenate(parts)
 
     def skip(self, packs: int) -> None:
         """Leave out that many packs of every rank, without making them."""

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hnet.train.plots import plot_rows
+from hnet.plots.run import plot_rows
 
 from . import architecture, configuration, data, schedule, training
 from .findings import Finding, by_severity

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from hnet.config.keys import tomllib
 from hnet.train.config import TrainConfig
-from hnet.train.keys import tomllib
 
 from .names import canonical
 from .text_log import Row, named, read_text

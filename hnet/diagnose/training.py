@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hnet.train.plots import smooth
+from hnet.plots.run import smooth
 
 from .findings import Finding
 from .runs import Log

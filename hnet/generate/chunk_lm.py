@@ -88,6 +88,11 @@ def evaluating(model: ChunkLM) -> Iterator[None]:
         model.train(training)
 
 
+def generate_bytes(model: ChunkLM, prompt: str | bytes, **options: Any) -> bytes:
+    """The new bytes; options as in `generate`."""
+    return b"".join(generate(model, prompt, **options))
+
+
 def generate_text(model: ChunkLM, prompt: str | bytes, **options: Any) -> Iterator[str]:
     """Pieces of text as they become whole: a UTF-8 character is never cut, bytes that are none become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

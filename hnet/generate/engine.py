@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hnet.model.causal_lm import BOS, EOS, HNetForCausalLM
+from hnet.config import BOS, EOS
+from hnet.model.causal_lm import HNetForCausalLM
 
 from .sampling import SamplingConfig, sample
 
@@ -70,7 +71,7 @@ def stream(
 
 
 def generate(
-    model: HNetForCausalLM, prompts: str | bytes | list[str | bytes], *, max_new_bytes: int = 256, **options: Any
+    model: HNetForCausalLM, prompts: str | bytes | list[str | bytes], max_new_bytes: int = 256, **options: Any
 ) -> list[bytes]:
     """The new bytes of each prompt; options as in `stream`."""
     prompts = [prompts] if isinstance(prompts, str | bytes) else prompts

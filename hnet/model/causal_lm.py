@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ import hnet_kernels as hk
 from hnet.config import HNetConfig
 
 from .cache import HNetCache
+from .checkpoint_format import find_config, find_weights, load_state, read_weights, save_pretrained
 from .hnet import HNet
 from .isotropic import Block
 from .pack import Pack
-
-BOS, EOS = 254, 255
 
 
 class CausalLMOutput(NamedTuple):
@@ -34,6 +33,8 @@ class HNetForCausalLM(nn.Module):
         dtype: parameter dtype; the residual projections stay fp32. Default fp32.
         device: where the parameters live.
     """
+
+    generate: Callable[..., list[bytes]]  # `hnet.generate.generate`, which puts itself here
 
     def __init__(
         self, config: HNetConfig, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
@@ -198,14 +199,6 @@ class HNetForCausalLM(nn.Module):
         cache.length[slots] += 1
         return self.lm_head(x), masks
 
-    def generate(
-        self, prompts: str | bytes | list[str | bytes], max_new_bytes: int = 256, **sampling: Any
-    ) -> list[bytes]:
-        """Continue prompts; see `hnet.generate.generate` for the sampling options. Returns the new bytes of each."""
-        from hnet.generate import generate
-
-        return generate(self, prompts, max_new_bytes=max_new_bytes, **sampling)
-
     # --- files ----------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -216,13 +209,25 @@ class HNetForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> HNetForCausalLM:
-        """Load weights: see `hnet.model.checkpoint_format.load_pretrained`."""
-        from .checkpoint_format import load_pretrained
+        """A model from a directory, a .safetensors or .pt file, or a Hugging Face repository.
 
-        return load_pretrained(path_or_repo, config, dtype=dtype, device=device)
+        Args:
+            path_or_repo: directory with config.json and model.safetensors (or one .pt); such a file; or "owner/name",
+                fetched with huggingface_hub if that is installed.
+            config: architecture. Default: config.json beside the weights, else `<stem>.json`, else the preset `<stem>`.
+            dtype, device: as in HNetForCausalLM.
+
+        Raises:
+            FileNotFoundError: no such path, or no config to be found.
+            ValueError: a damaged file; a missing, unknown or misshapen tensor (named).
+        """
+        weights = find_weights(path_or_repo)
+        config = config or find_config(weights)
+        state = read_weights(weights)
+        model = HNetForCausalLM(config, dtype=dtype)
+        load_state(model, state, str(weights))
+        return model.to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors into `directory`."""
-        from .checkpoint_format import save_pretrained
-
         save_pretrained(self, directory)

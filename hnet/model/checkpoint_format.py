@@ -9,15 +9,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hnet.config import HNetConfig
-
-if TYPE_CHECKING:
-    from .causal_lm import HNetForCausalLM
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -37,35 +34,6 @@ def save_pretrained(model: Any, directory: str | Path, state: dict[str, Tensor] 
     partial = directory / (CONFIG + ".partial")
     model.current_config().to_json(partial)
     os.replace(partial, directory / CONFIG)
-
-
-def load_pretrained(
-    path_or_repo: str | Path,
-    config: HNetConfig | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-) -> HNetForCausalLM:
-    """A model from a directory, a .safetensors or .pt file, or a Hugging Face repository.
-
-    Args:
-        path_or_repo: directory with config.json and model.safetensors (or one .pt); such a file; or "owner/name",
-            fetched with huggingface_hub if that is installed.
-        config: architecture. Default: config.json beside the weights, else `<stem>.json`, else the preset `<stem>`.
-        dtype, device: as in HNetForCausalLM.
-
-    Raises:
-        FileNotFoundError: no such path, or no config to be found.
-        ValueError: a damaged file; a missing, unknown or misshapen tensor (named).
-    """
-    from .causal_lm import HNetForCausalLM
-
-    weights = _find_weights(path_or_repo)
-    config = config or _find_config(weights)
-    state = read_weights(weights)
-    model = HNetForCausalLM(config, dtype=dtype)
-    load_state(model, state, str(weights))
-    return model.to(device)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -113,7 +81,8 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _find_weights(path_or_repo: str | Path) -> Path:
+def find_weights(path_or_repo: str | Path) -> Path:
+    """The file with the weights: itself, the one in a directory, or that of a repository, which is fetched."""
     path = Path(path_or_repo)
     if not path.exists():
         if re.fullmatch(r"\w[\w.-]*/\w[\w-]*", str(path_or_repo)):
@@ -130,7 +99,8 @@ def _find_weights(path_or_repo: str | Path) -> Path:
     return pickles[0]
 
 
-def _find_config(weights: Path) -> HNetConfig:
+def find_config(weights: Path) -> HNetConfig:
+    """The architecture beside a weights file, or the preset of its name."""
     for candidate in (weights.with_name(CONFIG), weights.with_suffix(".json")):
         if candidate.is_file():
             return HNetConfig.from_json(candidate)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from rich.text import Text
 
-from hnet.model.causal_lm import BOS, HNetForCausalLM
+from hnet.config import BOS
+from hnet.model.causal_lm import HNetForCausalLM
 
 COLOURS = ("on grey30", "on dark_green")
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hnet.model.causal_lm import HNetForCausalLM
+from hnet.plateau import Plateau
 
 from .config import TrainConfig
-from .schedule import Plateau
 
 TOLERANCE = 0.02
 MOST = 100.0  # times its start is as far as alpha goes

@@ -19,18 +19,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hnet.config.run import RunConfig
+from hnet.device import World
 from hnet.model.checkpoint_format import save_pretrained
 from hnet.model.isotropic import Block
 
 from .checkpoint import EMA, SHARDED, TRAINER
-from .config import RunConfig
 from .optim import Optimizers
 from .shards import full, sharded
 from .weight_ema import WeightEMA
@@ -38,18 +39,7 @@ from .weight_ema import WeightEMA
 PARTIAL = ".partial_sharded"
 
 
-class World(NamedTuple):
-    rank: int
-    size: int
-    local_rank: int
-
-    @property
-    def main(self) -> bool:
-        """This process writes files and talks."""
-        return self.rank == 0
-
-
-def join(device: str) -> World:
+def start(device: str) -> World:
     """The processes torchrun started, or this one alone. NCCL for "cuda", gloo for "cpu"."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World(0, 1, 0)
@@ -61,7 +51,7 @@ def join(device: str) -> World:
     return world
 
 
-def leave() -> None:
+def finish() -> None:
     """Take leave of the other processes; without a word if an error is on its way and NCCL would wait for them."""
     if dist.is_initialized() and not (sys.exc_info()[0] and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hnet.data.corpus import Corpus
 from hnet.data.sources import open_data
+from hnet.device import pick_autocast, pick_device
+from hnet.model.cost import plan, positions_per_byte
 
 from .config import TrainConfig
-from .cost import plan, positions_per_byte
-from .device import pick_autocast, pick_device
 from .schedule import Schedule, make_schedule
 
 BARS = "▁▂▃▄▅▆▇█"

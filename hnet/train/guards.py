@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
+
+from hnet.events import Event
 
 WINDOW = 100  # steps of history
 PERSISTENT = 20  # steps that a collapse lasts before it is one
@@ -23,17 +25,6 @@ CLOSED = 1.1  # chunks a sequence that is a collapse
 MISS = 0.25
 EXPLOSION = 20.0
 QUIET = 200  # steps before the same thing is said again
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why and what to change."""
-
-
-class Event(NamedTuple):
-    name: str
-    message: str
-    action: str = ""  # "", "rollback" or "abort"
-    line: str = ""  # how the console says it; default: the step and the message
 
 
 class Guards:

@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 import hnet_kernels as hk
+from hnet.config.run import RunConfig
+from hnet.device import out_of_memory, pick_autocast, pick_device
+from hnet.errors import RunFailed
+from hnet.events import Event
+from hnet.model.cost import peak_flops
+from hnet.plateau import Plateau
 
 from . import checkpoint, distributed
 from .clipping import Clipper
-from .config import RunConfig
-from .console import TrainConsole
-from .cost import peak_flops
-from .device import out_of_memory, pick_autocast, pick_device
-from .guards import Event, Guards, RunFailed
-from .metrics import MetricsFile, Reading, truncate_metrics
+from .guards import Guards
+from .journal import Journal
+from .metrics import Reading
 from .optim import Optimizers
-from .schedule import Plateau, make_schedule
+from .run_state import RunState
+from .schedule import make_schedule
 from .shards import sharded
 from .stopping import EarlyStopping
 from .task import HNetTask
@@ -35,8 +39,8 @@ from .weight_ema import WeightEMA
 
 
 @dataclasses.dataclass
-class Pending:
-    """A step that was launched; its numbers may still be on the device."""
+class RunningStep:
+    """A step that was started; its numbers may still be on the device."""
 
     step: int
     bytes: int
@@ -60,7 +64,7 @@ class Trainer:
         self.config = config.validate()
         self.out = Path(config.out)
         self.device = pick_device(config.device)
-        self.world = distributed.join(self.device.type)
+        self.world = distributed.start(self.device.type)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
         self.autocast_dtype = pick_autocast(config.dtype, self.device)
@@ -81,23 +85,26 @@ class Trainer:
         self.stopping = EarlyStopping(config.patience, config.min_delta, config.stop_smoothing)
         self.ema = WeightEMA(self.model, config.weight_ema) if config.weight_ema else None
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        self.stateful: dict[str, Any] = {
+        parts: dict[str, Any] = {
             "data": self.task.stream, "schedule": self.schedule, "plateau": self.plateau, "guards": self.guards,
             "stopping": self.stopping, "clipper": self.clipper,
         }  # fmt: skip
-        self.background = checkpoint.Background()
-        self.step = self.bytes = 0
-        self.seconds = 0.0
+        self.state = RunState(config, self.world, self.device, self.task, self.optimizers, self.ema, parts)
         self.mark: float | None = None  # when the last step was finished; None after a pause
         self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
         if resume:
-            root = self.out / "checkpoints"
-            self._load(checkpoint.latest_checkpoint(root) if resume in (True, "latest") else Path(str(resume)))
+            latest = resume in (True, "latest")
+            self.state.load(checkpoint.latest_checkpoint(self.state.root) if latest else Path(str(resume)))
         elif (self.out / "metrics.jsonl").exists():
             raise FileExistsError(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
         self.replica = distributed.replicate(self.model, config, self.world)
         distributed.barrier(self.world)  # nobody writes before all have looked
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self.state.step
 
     def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
@@ -106,7 +113,7 @@ class Trainer:
 
     # --- one step -------------------------------------------------------------------------------------------------
 
-    def launch(self) -> Pending:
+    def start_step(self) -> RunningStep:
         """Queue one optimiser step; waits for the device nowhere."""
         c, begin = self.config, time.perf_counter()
         if self.mark is None:
@@ -136,30 +143,30 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         self.task.after_step(self.step, means)
-        self.step += 1
-        self.bytes += mine * self.world.size
+        self.state.step += 1
+        self.state.bytes += mine * self.world.size
         row = {
-            "step": self.step, "bytes": self.bytes, "lr": c.learning_rate * factor,
+            "step": self.step, "bytes": self.state.bytes, "lr": c.learning_rate * factor,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
         stopping = torch.full((), float(self.interrupted), device=self.device)  # all stop at the step where one does
         names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "stop"]
         values = torch.cat([vector, norms, total[None], distributed.add_up(stopping, self.world)[None]])
-        return Pending(self.step, mine * self.world.size, waited, row, Reading(names, values))
+        return RunningStep(self.step, mine * self.world.size, waited, row, Reading(names, values))
 
-    def finish(self, pending: Pending) -> dict[str, Any]:
+    def finish_step(self, running: RunningStep) -> dict[str, Any]:
         """The line of metrics.jsonl of a step, once its numbers have arrived."""
-        means = pending.reading.read()
+        means = running.reading.read()
         now = time.perf_counter()
         took, self.mark = now - (now if self.mark is None else self.mark), now
-        self.seconds += took
+        self.state.seconds += took
         self.stop = self.stop or means.pop("stop") > 0
         row = {
-            **pending.row, "time": self.seconds, "bytes_per_second": pending.bytes / max(took, 1e-9),
-            "data_wait_share": pending.waited / max(took, 1e-9),
+            **running.row, "time": self.state.seconds, "bytes_per_second": running.bytes / max(took, 1e-9),
+            "data_wait_share": running.waited / max(took, 1e-9),
             "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2),
         }  # fmt: skip
-        row |= self.task.row(pending.step - 1, means)
+        row |= self.task.row(running.step - 1, means)
         row |= {k: v for k, v in means.items() if k.endswith("grad_norm")}
         if "flops_per_byte" in row:
             row["flops_per_second"] = row["flops_per_byte"] * row["bytes_per_second"]
@@ -171,9 +178,9 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step; returns its line of metrics.jsonl."""
-        return self.finish(self.launch())
+        return self.finish_step(self.start_step())
 
-    def react(self, row: dict[str, Any]) -> list[Event]:
+    def respond(self, row: dict[str, Any]) -> list[Event]:
         """What a finished row sets off: guards, plateaus, the task's own curriculum."""
         c, events = self.config, self.guards.check(row)
         if not math.isfinite(row["loss"]):
@@ -212,83 +219,69 @@ class Trainer:
             RunFailed: given up (non-finite steps in a row), or out of memory; with advice.
             OSError: the last checkpoint could not be written.
         """
-        c = self.config
-        metrics = self._open()
+        c, result = self.config, {}
         before = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        result: dict[str, float] = {}
+        self.journal = Journal(c, self.step, main=self.world.main, plain=not self.task.prints)
         profiler = self._profiler()
         try:
-            with TrainConsole(c.steps, self.step, quiet=not self.world.main, plain=not self.task.prints) as console:
-                self.console, self.metrics = console, metrics
-                if self.step == 0:
-                    result = self.evaluate()
-                    self._write({"step": 0, "bytes": 0, "time": 0.0, **result})
-                    console.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
-                queue: deque[Pending] = deque()
-                while self.step < c.steps and not self.stop:
-                    queue.append(self.launch())
-                    if profiler is not None:
-                        profiler.step()
-                    last = self.step == c.steps
-                    evaluating = last or self.step % c.eval_every == 0
-                    saving = last or self.step % c.checkpoint_every == 0
-                    behind = 1 if self.device.type == "cuda" and not (evaluating or saving) else 0
-                    while len(queue) > behind:
-                        row = self.finish(queue.popleft())
-                        events = self.react(row)
-                        if evaluating and not queue:
-                            result = self.evaluate()
-                            row |= result
-                        self._report(row, events)
-                        self._act(events)
-                    if evaluating:
-                        self._after_evaluation(result)
-                    if saving or self.stop or self.stopping.best_step == self.step:
-                        self._save_and_report(last=last or self.stop)
-                    if not queue:
-                        self.mark = None
-                while queue:
-                    row = self.finish(queue.popleft())
-                    self._report(row, self.react(row))
-                self.background.wait()
-                if self.stop and self.step < c.steps:
-                    console.say(f"stopped at step {self.step}; saved. Go on with: hnet train --resume --out {self.out}")
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
-                raise
-            message = f"out of memory at step {self.step}: lower batch_bytes or raise accumulation, or use recompute"
-            self._event(self.step, Event("out_of_memory", message))
-            raise RunFailed(message) from None
+            with self.journal:
+                try:
+                    result = self._run(profiler)
+                except (RuntimeError, MemoryError) as e:
+                    if not out_of_memory(e):
+                        raise
+                    message = (
+                        f"out of memory at step {self.step}: lower batch_bytes or raise accumulation, or use recompute"
+                    )
+                    self.journal.event(self.step, Event("out_of_memory", message))
+                    raise RunFailed(message) from None
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
             if profiler is not None:
                 profiler.__exit__(None, None, None)
-            if metrics is not None:
-                metrics.close()
             self.task.stream.close()
         if c.plots and self.world.main:
-            self._plot()
+            self.journal.plots()
         return result
 
-    def _plot(self) -> None:
-        from .plots import plot_run
-
-        try:
-            plot_run(self.out)
-        except ImportError as e:
-            self.console.say(f"no plots: {e}")
-
-    def _open(self) -> MetricsFile | None:
-        if not self.world.main:
-            return None
-        c = self.config
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        (self.out / "config.toml").write_text(c.to_toml())
-        truncate_metrics(self.out / "metrics.jsonl", self.step)
-        return MetricsFile(
-            self.out / "metrics.jsonl", tensorboard=c.tensorboard, wandb=c.wandb, config=dataclasses.asdict(c)
-        )
+    def _run(self, profiler: Any) -> dict[str, float]:
+        c, journal = self.config, self.journal
+        result: dict[str, float] = {}
+        if self.step == 0:
+            result = self.evaluate()
+            journal.row({"step": 0, "bytes": 0, "time": 0.0, **result})
+            journal.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
+        queue: deque[RunningStep] = deque()
+        while self.step < c.steps and not self.stop:
+            queue.append(self.start_step())
+            if profiler is not None:
+                profiler.step()
+            last = self.step == c.steps
+            evaluating = last or self.step % c.eval_every == 0
+            saving = last or self.step % c.checkpoint_every == 0
+            behind = 1 if self.device.type == "cuda" and not (evaluating or saving) else 0
+            while len(queue) > behind:
+                row = self.finish_step(queue.popleft())
+                events = self.respond(row)
+                if evaluating and not queue:
+                    result = self.evaluate()
+                    row |= result
+                self._report(row, events)
+                self._act(events)
+            if evaluating:
+                self._after_evaluation(result)
+            if saving or self.stop or self.stopping.best_step == self.step:
+                self._save_and_report(last=last or self.stop)
+            if not queue:
+                self.mark = None
+        while queue:
+            row = self.finish_step(queue.popleft())
+            self._report(row, self.respond(row))
+        self.state.background.wait()
+        if self.stop and self.step < c.steps:
+            journal.say(f"stopped at step {self.step}; saved. Go on with: hnet train --resume --out {self.out}")
+        return result
 
     def _profiler(self):
         if not self.config.profile or not self.world.main:
@@ -299,20 +292,12 @@ class Trainer:
         )
         return profiler.__enter__()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(row)
-
-    def _event(self, step: int, event: Event) -> None:
-        self.console.event(event.line or f"step {step}: {event.message}")
-        self._write({"step": step, "event": event.name, "message": event.message})
-
     def _report(self, row: dict[str, Any], events: list[Event]) -> None:
-        c = self.config
+        c, journal = self.config, self.journal
         for line in self.task.lines(row):
-            self.console.say(line)
+            journal.say(line)
         for e in events:
-            self._event(row["step"], e)
+            journal.event(row["step"], e)
         if (
             row["step"] == c.steps
             or self.task.prints
@@ -320,114 +305,49 @@ class Trainer:
             or "val_bpb" in row
             or self.stop
         ):
-            self._write(row)
+            journal.row(row)
         if "val_bpb" in row:
-            self.console.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
-        self.console.update(row)
+            journal.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
+        journal.console.update(row)
 
     def _act(self, events: list[Event]) -> None:
         for e in events:
             if e.action == "abort":
                 raise RunFailed(f"step {self.step}: {e.message}")
-            if e.action == "rollback" and self.config.spike_rollback:
-                self._rollback()
-
-    def _rollback(self) -> None:
-        """Weights and optimiser back to the last checkpoint; steps and data go on, past what caused the spike."""
-        self.background.wait()
-        distributed.barrier(self.world)
-        found = checkpoint.list_checkpoints(self.out / "checkpoints")
-        if not found:
-            return
-        self._load_model(found[-1], checkpoint.load_trainer(found[-1]))
-        self.schedule.cut *= self.config.spike_lr_cut
-        message = f"rolled back to the weights of {found[-1].name}; learning rate x {self.schedule.cut:g}"
-        self._event(self.step, Event("rollback", message))
+            if e.action == "rollback" and self.config.spike_rollback and (path := self.state.roll_back()):
+                self.schedule.cut *= self.config.spike_lr_cut
+                message = f"rolled back to the weights of {path.name}; learning rate x {self.schedule.cut:g}"
+                self.journal.event(self.step, Event("rollback", message))
 
     def _after_evaluation(self, result: dict[str, float]) -> None:
         if self.config.sample_bytes and self.world.main and not sharded(self.model):
-            text, picture = self.task.sample()
-            (self.out / "samples" / f"step_{self.step:08d}.txt").write_text(text)
-            self.console.show(picture)
+            self.journal.sample(self.step, *self.task.sample())
         self.stopping.observe(self.step, result["val_ce"])
         if self.stopping.stop and self.step < self.config.steps:
             message = f"early stop: no better validation cross entropy in {self.config.patience} evaluations"
-            self._event(self.step, Event("early_stop", message))
+            self.journal.event(self.step, Event("early_stop", message))
             self.stop = True
 
-    def _interrupt(self, *_: object) -> None:
-        if self.interrupted:  # a second Ctrl-C does not wait for the step to end
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    # --- state ----------------------------------------------------------------------------------------------------
-
     def save(self) -> Path:
-        """A checkpoint of now. With async_checkpoints it is complete after `background.wait()`."""
-        root, step, keep = self.out / "checkpoints", self.step, self.config.keep_checkpoints
-        write = distributed.snapshot(
-            root, self.model, self._state(), self.optimizers, self.ema, self.world, copy=self.config.async_checkpoints
-        )
-        best = self.stopping.best_step == step
-        about = {"config": dataclasses.asdict(self.config), "processes": self.world.size}
-
-        def job() -> None:
-            path = checkpoint.save_checkpoint(root, step, write, about, keep)
-            if best:
-                checkpoint.mark_best(path)
-            self.task.saved(path, step)
-
-        if self.world.main:
-            if self.config.async_checkpoints:
-                self.background.start(job)
-            else:
-                job()
-        return root / f"step_{step:08d}"
+        """A checkpoint of now; see `RunState.save`."""
+        return self.state.save(best=self.stopping.best_step == self.step)
 
     def _save_and_report(self, last: bool) -> None:
         """Save; a full disk costs this checkpoint, not the run, unless it is the last."""
         try:
             self.save()
             if last:
-                self.background.wait()
+                self.state.background.wait()
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             message = f"checkpoint of step {self.step} not written ({e.strerror}); the one before it is intact"
             with suppress(OSError):  # the same disk
-                self._event(self.step, Event("disk_full", message))
+                self.journal.event(self.step, Event("disk_full", message))
             if last:
                 raise
 
-    def _state(self) -> dict[str, Any]:
-        rng = torch.get_rng_state()
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {
-            "step": self.step, "bytes": self.bytes, "seconds": self.seconds,
-            "optimizers": self.optimizers.state_dict(), "task": self.task.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "rng": distributed.gather((rng, cuda), self.world),
-            **{name: part.state_dict() for name, part in self.stateful.items()},
-        }  # fmt: skip
-
-    def _load_model(self, path: Path, state: dict[str, Any]) -> None:
-        self.task.load_weights(checkpoint.load_weights(path), path)
-        if state["optimizers"] is None:
-            distributed.load_shards(path / checkpoint.SHARDED, self.model, self.optimizers, self.ema)
-        else:
-            self.optimizers.load_state_dict(state["optimizers"])
-        self.task.load_state_dict(state["task"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-
-    def _load(self, path: Path) -> None:
-        state = checkpoint.load_trainer(path)
-        self._load_model(path, state)
-        self.step, self.bytes, self.seconds = state["step"], state["bytes"], state["seconds"]
-        for name, part in self.stateful.items():
-            part.load_state_dict(state[name])
-        if self.world.rank < len(state["rng"]):  # more processes than before: the new ones keep their own seed
-            rng, cuda = state["rng"][self.world.rank]
-            torch.set_rng_state(rng)
-            if cuda is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.device)
+    def _interrupt(self, *_: object) -> None:
+        if self.interrupted:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        self.interrupted = True

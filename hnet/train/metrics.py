@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hnet.metrics_log import read_metrics
+
 
 class MetricsFile:
     """The file, and TensorBoard or Weights & Biases beside it if asked for."""
@@ -54,17 +56,6 @@ def _plain(v: Any) -> Any:
     if isinstance(v, float):
         return None if not math.isfinite(v) else float(f"{v:.7g}")
     return v
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

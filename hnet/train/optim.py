@@ -7,20 +7,11 @@ import re
 import torch
 from torch import Tensor, nn
 
-from hnet.model.causal_lm import HNetForCausalLM
+from hnet.config.run import RunConfig
 from hnet.model.mamba2 import Mamba2
+from hnet.model.parameters import stage_of
 
-from .config import RunConfig
 from .shards import like
-
-
-def stage_of(name: str) -> int:
-    """Stage of a parameter by its name; embeddings and head belong to the outermost.
-
-    The innermost network's own layers are `main_network` of a stage that is itself a `main_network`.
-    """
-    depth = name.count("main_network.")
-    return depth - 1 if "main_network.layers." in name or "main_network.rmsnorm." in name else depth
 
 
 def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
@@ -99,11 +90,3 @@ class Optimizers:
             part.load_state_dict({**s, "state": moments})
             for group, own in zip(part.param_groups, kept, strict=True):
                 group.update(own)
-
-
-def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:
-    """Parameters of each stage, outermost first."""
-    out: list[list[nn.Parameter]] = [[] for _ in range(model.config.num_stages)]
-    for name, p in model.named_parameters():
-        out[stage_of(name)].append(p)
-    return out

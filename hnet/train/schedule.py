@@ -1,14 +1,12 @@
-"""Learning rate over the steps, and the plateau rule that moves it (and the target ratio, and ChunkLM's cutoff)."""
+"""Learning rate over the steps."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import RunConfig
+from hnet.config.run import RunConfig
 
 
 def cosine(progress: float, low: float) -> float:
@@ -21,46 +19,6 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "inverse-sqrt": lambda progress, low: low + (1 - low) * (1 - math.sqrt(progress)),
     "cosine": cosine,
 }
-
-
-def check_restarts(at: list[float], low: list[float]) -> None:
-    """Raises ValueError unless stages begin at 0, rise below 1, and each has an end value in [0, 1]."""
-    if not at or at[0] != 0 or any(b <= a for a, b in zip(at, at[1:], strict=False)) or at[-1] >= 1:
-        raise ValueError(f"restart_at must begin with 0 and rise, below 1, got {at}")
-    if len(low) != len(at) or not all(0 <= v <= 1 for v in low):
-        raise ValueError(f"restart_min must have a value in [0, 1] for each of the {len(at)} stages, got {low}")
-
-
-class Plateau:
-    """Fires when the loss has stopped falling: of the last `window` losses, the mean of the second half is less than
-    the share `threshold` below the mean of the first. `clear` begins a new history."""
-
-    def __init__(self, window: int = 50, threshold: float = 0.005) -> None:
-        if window < 2 or not threshold >= 0:
-            raise ValueError(f"window must be at least 2 and threshold >= 0, got {window} and {threshold}")
-        self.window, self.threshold = window, threshold
-        self.losses: deque[float] = deque(maxlen=window)
-
-    def observe(self, loss: float) -> None:
-        if math.isfinite(loss):
-            self.losses.append(loss)
-
-    def fires(self) -> bool:
-        if len(self.losses) < self.window:
-            return False
-        half = self.window // 2
-        losses = list(self.losses)
-        first, second = sum(losses[:half]) / half, sum(losses[half:]) / (self.window - half)
-        return (first - second) / first < self.threshold
-
-    def clear(self) -> None:
-        self.losses.clear()
-
-    def state_dict(self) -> list[float]:
-        return list(self.losses)
-
-    def load_state_dict(self, state: list[float]) -> None:
-        self.losses = deque(state, maxlen=self.window)
 
 
 class Schedule:

@@ -1,4 +1,4 @@
-"""What the training loop trains: an H-Net on packed documents. ChunkLM's task (chunk_lm_task.py) is like it:
+"""What the training loop trains: an H-Net on packed documents. ChunkLM's (hnet.chunk_lm.task) is like it:
 
 model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
 multipliers               learning-rate factor of every stage
@@ -24,23 +24,24 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from hnet.architecture import lr_multipliers
+from hnet.config.architecture import lr_multipliers
 from hnet.data.packing import Batch, PackStream, eval_batches
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
+from hnet.device import World
+from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
+from hnet.model.cost import stage_costs
 from hnet.model.isotropic import Isotropic
+from hnet.model.parameters import stage_parameters
 from hnet.segment import boundaries, render_plain, render_rich
 
 from .compile import compile_blocks
 from .compression import Compression
 from .config import TrainConfig
-from .cost import stage_costs
-from .distributed import World, add_up, shard
-from .guards import Event
+from .distributed import add_up, shard
 from .losses import losses
-from .optim import stage_parameters
 from .shards import all_like
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import hnet_kernels as hk
 from hnet.chunk_lm import ChunkLM, ChunkLMConfig, WindowStream, chunk_lm_loss, eval_windows
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.data.sources import open_data
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
 
 from .markov import markov_baselines
 

@@ -75,8 +75,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(config, change):
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pending = [trainer.launch() for _ in range(5)]
+        pending = [trainer.start_step() for _ in range(5)]
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert all(isinstance(p.reading, Reading) for p in pending)
-    assert all(math.isfinite(trainer.finish(p)["loss"]) for p in pending)
+    assert all(math.isfinite(trainer.finish_step(p)["loss"]) for p in pending)

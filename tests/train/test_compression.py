@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from hnet import HNetConfig, HNetForCausalLM
+from hnet.metrics_log import read_metrics
 from hnet.train.compression import Compression, auto_ratio_weight
 from hnet.train.loop import Trainer
 from hnet.train.losses import losses
-from hnet.train.metrics import read_metrics
 
 
 def make(config, **change):

@@ -17,7 +17,7 @@ from hnet import HNetForCausalLM
 from hnet.data.packing import Batch, PackStream
 from hnet.train.checkpoint import latest_checkpoint
 from hnet.train.config import TrainConfig
-from hnet.train.distributed import leave, named_state
+from hnet.train.distributed import finish, named_state
 from hnet.train.loop import Trainer
 from hnet.train.shards import full
 
@@ -45,7 +45,7 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def work(jobs: str, results: str) -> None:
     for job in json.loads(Path(jobs).read_text()):
         trainer = Trainer(TrainConfig(**job["config"]), resume=job.get("resume", False))
-        rank, launch, rows = trainer.world.rank, trainer.launch, []
+        rank, launch, rows = trainer.world.rank, trainer.start_step, []
         at = {int(step): what for step, what in job.get("at", {}).items()}
 
         def report(row, events, rows=rows, trainer=trainer):
@@ -62,7 +62,7 @@ def work(jobs: str, results: str) -> None:
                 raise ValueError("something is wrong on one process")
             return launch()
 
-        trainer.launch, trainer._report = step, report
+        trainer.start_step, trainer._report = step, report
         if job["do"] == "step":
             rows.append(trainer.train_step())
         elif job["do"] == "train":
@@ -76,7 +76,7 @@ if __name__ == "__main__":
     try:
         work(*sys.argv[1:])
     finally:
-        leave()
+        finish()
 
 
 # --- outside of them ------------------------------------------------------------------------------------------------
@@ -259,7 +259,8 @@ def test_an_error_of_one_process_ends_the_others(ran, tmp_path):
     [({"optimizer": "muon"}, "whole matrices"), ({"async_checkpoints": True}, "async_checkpoints must be off")],
 )
 def test_fsdp_refuses_what_it_cannot_do(config, change, message):
-    from hnet.train.distributed import World, shard
+    from hnet.device import World
+    from hnet.train.distributed import shard
 
     with pytest.raises(ValueError, match=message):
         shard(torch.nn.Linear(2, 2), dataclasses.replace(config, parallel="fsdp", **change), World(0, 2, 0))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hnet.errors import RunFailed
+from hnet.metrics_log import read_metrics
 from hnet.train import guards
 from hnet.train.checkpoint import list_checkpoints
-from hnet.train.guards import Guards, RunFailed
+from hnet.train.guards import Guards
 from hnet.train.loop import Trainer
-from hnet.train.metrics import read_metrics
 from hnet.train.stopping import EarlyStopping
 
 
@@ -20,14 +21,14 @@ def events(config, name):
 
 
 def before_step(trainer, step, action):
-    launch = trainer.launch
+    launch = trainer.start_step
 
     def patched():
         if trainer.step == step:
             action()
         return launch()
 
-    trainer.launch = patched
+    trainer.start_step = patched
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------

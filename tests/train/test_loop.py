@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hnet import HNetForCausalLM
+from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, list_checkpoints
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
-from hnet.train.metrics import read_metrics, truncate_metrics
+from hnet.train.metrics import truncate_metrics
 
 
 def metrics(config):
@@ -55,14 +56,14 @@ def test_it_learns(config):
 def test_ctrl_c_saves_and_resume_goes_on(config):
     config = dataclasses.replace(config, steps=50, checkpoint_every=100, eval_every=100)
     trainer = Trainer(config)
-    launch = trainer.launch
+    launch = trainer.start_step
 
     def interrupted():
         if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return launch()
 
-    trainer.launch = interrupted
+    trainer.start_step = interrupted
     trainer.train()
     assert latest_checkpoint(Path(config.out) / "checkpoints").name == "step_00000003"
     again = Trainer(dataclasses.replace(config, steps=5), resume=True)
@@ -87,7 +88,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(config, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hnet.train.checkpoint.torch.save", full)
-    trainer.step += 1
+    trainer.state.step += 1
     with pytest.raises(OSError, match="No space left"):
         trainer.save()
     assert list_checkpoints(Path(config.out) / "checkpoints") == before
@@ -159,7 +160,7 @@ def test_bad_configs_are_one_line_and_write_nothing(config, change, message):
 
 
 def test_toml_round_trip(config, tmp_path):
-    from hnet.train.keys import read_toml
+    from hnet.config.keys import read_toml
 
     (tmp_path / "c.toml").write_text(config.to_toml())
     assert TrainConfig(**read_toml(tmp_path / "c.toml", TrainConfig)) == config

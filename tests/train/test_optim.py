@@ -1,8 +1,9 @@
 import pytest
 
 from hnet import HNetConfig, HNetForCausalLM
+from hnet.model.parameters import stage_of, stage_parameters
 from hnet.train.config import TrainConfig
-from hnet.train.optim import Optimizers, decays, muon_parameters, stage_of, stage_parameters
+from hnet.train.optim import Optimizers, decays, muon_parameters
 
 
 @pytest.fixture(scope="module")

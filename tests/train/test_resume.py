@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, load_trainer, load_weights
 from hnet.train.loop import Trainer
-from hnet.train.metrics import read_metrics
 
 NOT_EXACT = ("time", "bytes_per_second", "flops_per_second", "data_wait_share", "peak_memory")
 
@@ -26,14 +26,14 @@ class Killed(BaseException):
 def run_with_a_crash(config, at, **options):
     """Train; lose everything since the last checkpoint at step `at`; resume to the end. Returns where it went on."""
     trainer = Trainer(config, **options)
-    launch = trainer.launch
+    launch = trainer.start_step
 
     def killed():
         if trainer.step == at:
             raise Killed
         return launch()
 
-    trainer.launch = killed
+    trainer.start_step = killed
     with pytest.raises(Killed):
         trainer.train()
     torch.manual_seed(12345)  # nothing may come from what happens to be in the global generator

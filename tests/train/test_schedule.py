@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from hnet.train.schedule import Plateau, Schedule, check_restarts
+from hnet.config.run import check_restarts
+from hnet.plateau import Plateau
+from hnet.train.schedule import Schedule
 
 
 def at(step, kind="wsd", **kw):

@@ -9,12 +9,12 @@ import torch
 from click.testing import CliRunner
 
 from hnet.chunk_lm import ChunkLM
+from hnet.chunk_lm.curriculum import Curriculum, check_cutoffs
+from hnet.chunk_lm.task import ChunkLMTask
+from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.main import main
-from hnet.train.chunk_lm_config import ChunkLMTrainConfig
-from hnet.train.chunk_lm_task import ChunkLMTask
-from hnet.train.curriculum import Curriculum, check_cutoffs
+from hnet.metrics_log import read_metrics
 from hnet.train.loop import Trainer
-from hnet.train.metrics import read_metrics
 from tests.train.test_resume import run_with_a_crash, same_runs
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .metrics import read_metrics
+from hnet.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,8 +1,21 @@
-"""Where a run computes, in which precision, and how running out of memory shows."""
+"""Where a run computes: device, precision, and which of several processes this is."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def main(self) -> bool:
+        """This process writes files and talks."""
+        return self.rank == 0
 
 
 def pick_device(name: str) -> torch.device:

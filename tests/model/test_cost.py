@@ -1,13 +1,9 @@
-import dataclasses
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hnet import HNetConfig, HNetForCausalLM
-from hnet.train.cost import peak_flops, plan, positions_per_byte, stage_costs
-from hnet.train.dry_run import curve, report
-from hnet.train.schedule import Schedule
+from hnet.model.cost import peak_flops, plan, positions_per_byte, stage_costs
 
 
 @pytest.mark.parametrize("preset", ["laptop", "small_2stage"])
@@ -38,23 +34,3 @@ def test_mfu_is_never_a_guess():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("Some other card") is None
-
-
-def test_dry_run(config):
-    text = report(config)
-    for word in ("held out", "passes over the data", "stage 1", "MFLOP a byte", "MiB weights", "wsd, peak 0.001"):
-        assert word in text
-    with pytest.raises(ValueError, match="fewer than one batch"):
-        report(dataclasses.replace(config, batch_bytes=10**9))
-    assert curve(Schedule("wsd", 100, warmup_steps=20, decay_fraction=0.5), 100, 10) == "▃▇████▆▅▃▁"
-
-
-def test_rows_have_speed_and_cost(config):
-    from hnet.train.loop import Trainer
-
-    row = Trainer(config).train_step()
-    costs = stage_costs(HNetForCausalLM(config.model()), config.seq_len)
-    assert row["flops_per_byte"] == pytest.approx(costs[0].flops + costs[1].flops / row["stage0/bytes_per_chunk"])
-    assert row["flops_per_second"] == pytest.approx(row["flops_per_byte"] * row["bytes_per_second"])
-    assert "mfu" not in row  # a CPU has no peak in the table
-    assert 0 <= row["data_wait_share"] < 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .guards import Event
-from .schedule import Plateau
+from hnet.events import Event
+from hnet.plateau import Plateau
 
 
 class Curriculum:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from hnet.train.plots import column, plot_run, smooth
+from hnet.plots.run import column, plot_run, smooth
 
 
 def write(folder, rows):

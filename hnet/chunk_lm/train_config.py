@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hnet.chunk_lm.config import ChunkLMConfig
+from hnet.config.keys import key
+from hnet.config.run import RunConfig
 
-from .config import RunConfig
+from .config import ChunkLMConfig
 from .curriculum import Curriculum
-from .keys import key
 
 STAGES = {0: 0.1, 2: 0.1, 5: 0.05}  # epoch: where the cosine that begins there ends
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from hnet.config import HNetConfig, parse_layout
-from hnet.model.attention import CausalAttention
-from hnet.model.causal_lm import HNetForCausalLM
-from hnet.model.isotropic import Block
-from hnet.model.mamba2 import CHUNK, Mamba2
 
-from .optim import stage_parameters
+from .attention import CausalAttention
+from .causal_lm import HNetForCausalLM
+from .isotropic import Block
+from .mamba2 import CHUNK, Mamba2
+from .parameters import stage_parameters
 
 # dense bf16 FLOP/s by the vendor's data sheet; a device that is not here has no MFU
 PEAK = {

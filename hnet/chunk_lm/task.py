@@ -1,4 +1,4 @@
-"""A ChunkLM for the training loop; see task.py for what a task is."""
+"""A ChunkLM for the training loop; see hnet.train.task for what a task is."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from hnet.chunk_lm.config import ChunkLMConfig
-from hnet.chunk_lm.model import ChunkLM
-from hnet.chunk_lm.windows import Windows, WindowStream, chunk_lm_loss, eval_windows
 from hnet.data.corpus import Corpus
 from hnet.data.sources import open_data
+from hnet.device import World
+from hnet.events import Event
 from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
 
-from .chunk_lm_config import ChunkLMTrainConfig
-from .distributed import World, add_up
-from .guards import Event
+from .config import ChunkLMConfig
+from .model import ChunkLM
+from .train_config import ChunkLMTrainConfig
+from .windows import Windows, WindowStream, chunk_lm_loss, eval_windows
 
 
 class ChunkLMTask:
@@ -91,7 +91,7 @@ class ChunkLMTask:
             _, means = self.loss(model, batch, 0)
             total += torch.stack([means["ce"].double(), torch.ones_like(means["ce"]).double()]) * len(batch.input_ids)
         model.train()
-        ce = (add_up(total, self.world)[0] / total[1]).item()
+        ce = (total[0] / total[1]).item()
         return {"val_ce": ce, "val_bpb": ce / math.log(2)}
 
     def sample(self) -> tuple[str, Text]:

@@ -10,6 +10,7 @@ from typing import Any
 
 MIXERS = "mMtTcC"  # Mamba-2, attention, gated convolution; a capital is followed by a SwiGLU
 MAMBA_HEADDIM = 64
+BOS, EOS = 254, 255  # bytes that valid UTF-8 never holds
 PRESET_DIR = Path(__file__).parent / "presets"
 
 

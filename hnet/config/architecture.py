@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hnet.config import AttnConfig, HNetConfig, parse_layout
+from .model import AttnConfig, HNetConfig, parse_layout
 
 HEAD_DIM = 64
 OUTER_WINDOW = 1023

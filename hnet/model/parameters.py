@@ -1,0 +1,24 @@
+"""The parameters of a model, by stage."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .causal_lm import HNetForCausalLM
+
+
+def stage_of(name: str) -> int:
+    """Stage of a parameter by its name; embeddings and head belong to the outermost.
+
+    The innermost network's own layers are `main_network` of a stage that is itself a `main_network`.
+    """
+    depth = name.count("main_network.")
+    return depth - 1 if "main_network.layers." in name or "main_network.rmsnorm." in name else depth
+
+
+def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:
+    """Parameters of each stage, outermost first."""
+    out: list[list[nn.Parameter]] = [[] for _ in range(model.config.num_stages)]
+    for name, p in model.named_parameters():
+        out[stage_of(name)].append(p)
+    return out

@@ -1,0 +1,27 @@
+import dataclasses
+
+import pytest
+
+from hnet import HNetForCausalLM
+from hnet.model.cost import stage_costs
+from hnet.train.dry_run import curve, report
+from hnet.train.loop import Trainer
+from hnet.train.schedule import Schedule
+
+
+def test_dry_run(config):
+    text = report(config)
+    for word in ("held out", "passes over the data", "stage 1", "MFLOP a byte", "MiB weights", "wsd, peak 0.001"):
+        assert word in text
+    with pytest.raises(ValueError, match="fewer than one batch"):
+        report(dataclasses.replace(config, batch_bytes=10**9))
+    assert curve(Schedule("wsd", 100, warmup_steps=20, decay_fraction=0.5), 100, 10) == "▃▇████▆▅▃▁"
+
+
+def test_rows_have_speed_and_cost(config):
+    row = Trainer(config).train_step()
+    costs = stage_costs(HNetForCausalLM(config.model()), config.seq_len)
+    assert row["flops_per_byte"] == pytest.approx(costs[0].flops + costs[1].flops / row["stage0/bytes_per_chunk"])
+    assert row["flops_per_second"] == pytest.approx(row["flops_per_byte"] * row["bytes_per_second"])
+    assert "mfu" not in row  # a CPU has no peak in the table
+    assert 0 <= row["data_wait_share"] < 1
