@@ -61,13 +61,19 @@ class CausalAttention(nn.Module):
         write_kv(cache, k, v, slots, at)
         cache.length[slots] = at + 1
         used = min(longest, cache.capacity)
-        seen = torch.arange(used, device=x.device) <= at[:, None]  # a full ring: every row
-        everyone = len(slots) == len(cache.length)  # then the slots are in order, and nothing is copied
-        keys, values = ((c if everyone else c[slots])[:, :used].transpose(1, 2) for c in (cache.k, cache.v))
-        out = F.scaled_dot_product_attention(
-            q[:, :, None].to(keys.dtype), keys, values, attn_mask=seen[:, None, None, :]
-        )
+        if len(slots) == len(cache.length):  # every slot: the queries go to their keys, which are not copied
+            q = torch.empty_like(q).index_copy_(0, slots, q)
+            out = self._attend(q, cache.k[:, :used], cache.v[:, :used], cache.length)[slots]
+        else:
+            out = self._attend(q, cache.k[slots, :used], cache.v[slots, :used], at + 1)
         return self.out_proj(out.reshape(x.shape).to(x.dtype))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+        """One query a sequence, q (n, heads, width), against its first `length` keys (of a full ring: all)."""
+        seen = torch.arange(k.shape[1], device=q.device) < length[:, None]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q[:, :, None].to(k.dtype), k, v, attn_mask=seen[:, None, None, :])
 
 
 # --- rotary -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,19 @@ class HNetCache:
     length: Tensor  # (B,) int64, bytes seen
     max_length: int
 
+    def checked(self, slots: Tensor) -> Tensor:
+        """`slots`, if they are places of this cache, each named once: two rows for one slot would have no order.
+
+        Raises:
+            ValueError: they are not.
+        """
+        named = slots.tolist()
+        if slots.dim() != 1 or slots.dtype != torch.int64:
+            raise ValueError(f"slots must be (n,) int64, got {tuple(slots.shape)} {slots.dtype}")
+        if len(set(named)) < len(named) or not all(0 <= s < len(self.length) for s in named):
+            raise ValueError(f"slots must be distinct and from 0 to {len(self.length) - 1}, got {named}")
+        return slots
+
 
 def write_kv(cache: AttentionCache, k: Tensor, v: Tensor, slots: Tensor, at: Tensor) -> None:
     """Put rows k, v (n, heads, width) at positions `at` of `slots`; the ring wraps."""

@@ -161,16 +161,17 @@ class HNetForCausalLM(nn.Module):
         Returns:
             As `forward`, for all T positions.
         Raises:
-            ValueError: an empty prompt, one longer than the cache, or more prompts than slots.
+            ValueError: an empty prompt, one longer than the cache, more prompts than slots, a slot that is not there
+                or named twice.
         """
         lengths = cu_seqlens.diff()
         if input_ids.dim() != 1 or (lengths <= 0).any() or cu_seqlens[-1] != input_ids.shape[0]:
             raise ValueError("prefill takes packed prompts (T,) with cu_seqlens (N+1,) from 0 to T, none of them empty")
         if int(lengths.max()) > cache.max_length:
             raise ValueError(f"a prompt of {int(lengths.max())} bytes does not fit a cache of {cache.max_length}")
-        slots = torch.arange(len(lengths), device=input_ids.device) if slots is None else slots
-        if len(slots) != len(lengths) or int(slots.max()) >= len(cache.length):
+        if len(lengths) > len(cache.length) or (slots is not None and slots.shape != lengths.shape):
             raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {len(cache.length)}")
+        slots = torch.arange(len(lengths), device=input_ids.device) if slots is None else cache.checked(slots)
         pack = Pack(cu_seqlens, input_ids.shape[0])
         x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, slots, input_ids)
         cache.length[slots] = lengths.long()
@@ -181,14 +182,15 @@ class HNetForCausalLM(nn.Module):
         """Feed one byte to each slot.
 
         Args:
-            input_ids: (n,) int64; slots: (n,) int64, default all in order.
+            input_ids: (n,) int64; slots: (n,) int64, distinct, in any order. Default: all, in order.
         Returns:
             logits (n, vocab), and for each stage with routing the (rows,) bool mask of boundaries; a stage's rows are
             those where the stage outside it fired.
         Raises:
-            ValueError: a slot is full, or input_ids does not match the slots.
+            ValueError: a slot is full, named twice or not there, or input_ids does not match the slots.
         """
-        slots = torch.arange(len(cache.length), device=input_ids.device) if slots is None else slots
+        everyone = torch.arange(len(cache.length), device=input_ids.device)
+        slots = everyone if slots is None else cache.checked(slots)
         if input_ids.shape != slots.shape:
             raise ValueError(
                 f"input_ids must be one byte a slot, shape {tuple(slots.shape)}, got {tuple(input_ids.shape)}"

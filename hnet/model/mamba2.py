@@ -158,6 +158,11 @@ def final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, pack: Pack) -> Ten
     return out
 
 
+def suits_causal_conv1d(x: Tensor, kernel: int) -> bool:
+    """causal-conv1d takes channels by eights and two to four taps; a single row has no stride it would accept."""
+    return x.shape[0] > 1 and x.shape[1] % 8 == 0 and 2 <= kernel <= 4
+
+
 @functools.cache
 def _mamba_ssm():
     """mamba-ssm's scan (and causal-conv1d's convolution, if there) over a pack, or None."""
@@ -172,7 +177,9 @@ def _mamba_ssm():
 
     def run(m: Mamba2, xBC: Tensor, dt: Tensor, pack: Pack) -> Tensor:
         seq = pack.seq_idx[None]
-        if causal_conv1d_fn is not None:
+        if causal_conv1d_fn is not None and suits_causal_conv1d(xBC, m.conv1d.kernel_size):
+            if xBC.stride(0) % 8:  # a slice of a projection of odd width
+                xBC = xBC.clone(memory_format=torch.contiguous_format)
             w, b = m.conv1d.weight[:, 0].to(xBC.dtype), m.conv1d.bias.to(xBC.dtype)
             xBC = causal_conv1d_fn(xBC.T[None], w, b, seq_idx=seq, activation="silu")[0].T
             x, B, C = xBC.split([m.d_inner, m.d_state, m.d_state], dim=-1)

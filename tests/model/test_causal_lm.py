@@ -66,6 +66,42 @@ def test_ragged_decoding_equals_the_full_forward(model):
             at[i] += 1
 
 
+TWO_STAGES = {
+    "arch_layout": ["c1t1", ["T1", ["t2"], "m1"], "t1"],
+    "d_model": [64, 64, 64],
+    "d_intermediate": [0, 96, 96],
+    "ssm_cfg": {"d_state": 8},
+    "attn_cfg": {"num_heads": [4, 4, 4], "rotary_emb_dim": [8, 8, 8], "window_size": [5, -1, -1]},
+}
+
+
+@pytest.mark.parametrize("config", [HNetConfig.preset("tiny"), HNetConfig.from_dict(TWO_STAGES)], ids=["tiny", "two"])
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 0], [0, 1, 2]], ids=str)
+def test_a_step_takes_slots_in_any_order(config, order):
+    torch.manual_seed(2)
+    m = HNetForCausalLM(config).eval()
+    texts = [torch.randint(0, 256, (n,)) for n in (20, 34, 28)]
+    full = [m(t, cu_seqlens=cu(len(t))).logits for t in texts]
+    cache = m.allocate_cache(3, 50)
+    m.prefill(torch.cat([t[:-6] for t in texts]), cu(*(len(t) - 6 for t in texts)), cache)
+    for i in range(6, 0, -1):
+        logits, _ = m.step(torch.stack([texts[s][-i] for s in order]), cache, torch.tensor(order))
+        for row, s in zip(logits, order, strict=True):
+            assert torch.allclose(row, full[s][-i], atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [[0, 0, 1], [0, 1, 3], [-1, 0, 1], [[0, 1, 2]], [0.0, 1.0, 2.0]], ids=str)
+def test_slots_that_are_not_places_of_the_cache_are_an_error(model, slots):
+    cache = model.allocate_cache(3, 20)
+    slots = torch.tensor(slots)
+    with pytest.raises(ValueError, match="slots"):
+        model.prefill(torch.zeros(6, dtype=torch.long), cu(2, 2, 2), cache, slots)
+    model.prefill(torch.zeros(6, dtype=torch.long), cu(2, 2, 2), cache)
+    with pytest.raises(ValueError, match="slots"):
+        model.step(torch.zeros(slots.shape, dtype=torch.long), cache, slots)
+    assert cache.length.tolist() == [2, 2, 2]
+
+
 def test_bf16_keeps_the_residual_projection_in_fp32():
     m = HNetForCausalLM(HNetConfig.preset("tiny"), dtype=torch.bfloat16)
     kinds = {n: p.dtype for n, p in m.named_parameters()}

@@ -1,5 +1,8 @@
 """Each mixer against its definition, one position at a time in fp64, and its step against its full form."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from hnet import HNetConfig
 from hnet.model.attention import CausalAttention, _unpadded, attention
 from hnet.model.conv import DepthwiseConv1d, last_rows
 from hnet.model.isotropic import Block
-from hnet.model.mamba2 import final_states, pass_states, ssd
+from hnet.model.mamba2 import Mamba2, _mamba_ssm, final_states, pass_states, ssd
 from hnet.model.pack import Pack
 
 PACKS = {
@@ -187,6 +190,36 @@ def test_block_step_equals_full_for_ragged_slots(letter):
             at[s] += 1
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 0], [2]], ids=str)
+@pytest.mark.parametrize("letter", list("mtc"))
+def test_block_step_takes_slots_in_any_order(letter, order):
+    torch.manual_seed(0)
+    b = block(letter)
+    lengths = [3, 11, 7]
+    x = [torch.randn(n + 4, 64) for n in lengths]
+    full = [b.mixer(rows, pack_of([len(rows)])) for rows in x]
+    cache = b.mixer.allocate_cache(3, 40)
+    prompts = torch.cat([rows[:n] for rows, n in zip(x, lengths, strict=True)])
+    b.mixer(prompts, pack_of(lengths), cache, torch.arange(3))
+    for i in range(4):
+        out = b.mixer.step(torch.stack([x[s][lengths[s] + i] for s in order]), cache, torch.tensor(order))
+        for row, s in zip(out, order, strict=True):
+            close(row, full[s][lengths[s] + i])
+
+
+def test_a_step_of_every_slot_copies_no_keys():
+    """Whatever the order: one row of them, copied, would be as large as this whole step."""
+    layer = CausalAttention(16, 2, 8, window_size=-1)
+    cache = layer.allocate_cache(8, 4096)
+    cache.reserve(4096)
+    cache.length.fill_(4000)
+    for slots in (torch.arange(8), torch.arange(7, -1, -1)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+            layer.step(torch.randn(8, 16), cache, slots)
+        copies = [e for e in p.events() if e.name in ("aten::index", "aten::copy_", "aten::clone")]
+        assert max(e.cpu_memory_usage for e in copies) < cache.k.nbytes / 8
+
+
 def test_window_cache_is_a_ring():
     layer = CausalAttention(16, 2, 8, window_size=5)
     cache = layer.allocate_cache(1, 1000)
@@ -203,6 +236,57 @@ def test_unwindowed_cache_grows_only_as_needed():
     assert cache.capacity == 256
     layer(torch.randn(400, 16), pack_of([400]), cache, torch.tensor([0]))
     assert 400 <= cache.capacity <= 1000
+
+
+def checked_conv(x, weight, bias, seq_idx, activation):
+    """What the causal-conv1d package asks of x (batch, channels, length) with channels last, and what it computes"""
+    assert x.stride(1) == 1
+    assert x.stride(2) > 1
+    assert x.shape[1] % 8 == x.stride(0) % 8 == x.stride(2) % 8 == 0
+    assert 2 <= weight.shape[1] <= 4
+    assert seq_idx.dtype == torch.int32
+    assert seq_idx.is_contiguous()
+    assert activation == "silu"
+    out = DepthwiseConv1d(*weight.shape)
+    out.weight, out.bias = torch.nn.Parameter(weight[:, None]), torch.nn.Parameter(bias)
+    pack = Pack(torch.searchsorted(seq_idx[0], torch.arange(int(seq_idx.max()) + 2), out_int32=True), x.shape[2])
+    return F.silu(out(x[0].T, pack)).T[None]
+
+
+def naive_scan(x, dt, A, B, C, *, chunk_size, D, dt_bias, dt_softplus, seq_idx):
+    assert dt_softplus
+    dt = F.softplus(dt[0] + dt_bias)
+    return (ssd(x[0], dt, A, B[0, :, 0], C[0, :, 0], seq_idx[0], chunk_size) + D[:, None] * x[0])[None]
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 37, 20], [40, 40]], ids=str)
+@pytest.mark.parametrize(
+    ("d_state", "d_conv", "suits"), [(16, 4, True), (8, 2, True), (12, 3, True), (5, 4, False), (8, 5, False)], ids=str
+)
+def test_the_fused_mamba_path_gives_causal_conv1d_what_it_takes(monkeypatch, lengths, d_state, d_conv, suits):
+    """Rows 290 wide, channels that do not come by eights, other numbers of taps, one position"""
+    combined = types.ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    combined.mamba_chunk_scan_combined = naive_scan
+    conv = types.ModuleType("causal_conv1d")
+    calls = []
+    conv.causal_conv1d_fn = lambda *args, **kwargs: calls.append(1) or checked_conv(*args, **kwargs)
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, combined.__name__, combined)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", conv)
+    torch.manual_seed(0)
+    m = Mamba2(64, d_state, d_conv, expand=2, chunk_size=16)
+    pack = pack_of(lengths)
+    u = torch.randn(pack.T, 64, requires_grad=True)
+    z, xBC, dt = m._project(u)
+    assert xBC.stride(0) % 8
+    y = m.out_proj(m.norm(_mamba_ssm.__wrapped__()(m, xBC, dt, pack), z))
+    want = m(u, pack)
+    close(y, want)
+    leaves = (u, m.in_proj.weight)
+    for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        close(a, b, 1e-4)
+    assert len(calls) == (suits and pack.T > 1)
 
 
 class Unwritten(torch.autograd.Function):
