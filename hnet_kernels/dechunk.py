@@ -132,8 +132,18 @@ def _backward(ctx, dout):
     )  # an fp32 residual next to 16-bit rows: the kernel writes its gradient
     dz, dprob, dselected, dresidual = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, widen, ctx.chosen)
     if not widen:
-        dresidual = None if wanted is None else dout.to(wanted)
+        dresidual = None if wanted is None else _without_padding(dout, ctx.saved_tensors[-1]).to(wanted)
     return dz, dprob, dselected, None, None, None, None, dresidual, None
+
+
+def _without_padding(dout: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Zero past the last sequence; dout itself where a look at it is free and shows that there is nothing past it."""
+    T = dout.shape[0]
+    real_values = type(cu_seqlens) is Tensor and not torch.compiler.is_compiling()  # not a tracer's
+    if real_values and dout.device.type == "cpu" and int(cu_seqlens[-1]) == T:
+        return dout
+    real = torch.arange(T, device=dout.device) < cu_seqlens[-1]
+    return torch.where(real[:, None], dout, 0)
 
 
 # --- schema and shapes --------------------------------------------------------------------------------------------

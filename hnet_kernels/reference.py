@@ -22,7 +22,7 @@ def upcast(x: Tensor) -> Tensor:
 def sequence_of(cu_seqlens: Tensor, T: int) -> Tensor:
     """(T,) int64: the sequence each position belongs to (N for padding after the last one)."""
     positions = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
-    return torch.bucketize(positions, cu_seqlens[1:], right=True)
+    return torch.bucketize(positions, cu_seqlens[1:].contiguous(), right=True)
 
 
 def starts(cu_seqlens: Tensor, T: int) -> Tensor:

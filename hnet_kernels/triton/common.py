@@ -65,6 +65,11 @@ def rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def dense(*tensors: Tensor | None) -> list[Any]:
+    """The tensors a kernel reads by a bare pointer, each with contiguous elements; copies only those that need it."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
 def stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 

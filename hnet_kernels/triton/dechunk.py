@@ -25,6 +25,7 @@ import triton.language as tl
 from .common import (
     Kernel,
     block_columns,
+    dense,
     dot_dtype,
     dot_precision,
     empty,
@@ -281,6 +282,7 @@ KERNELS = {"dechunk_fwd": FWD, "dechunk_bwd": BWD, "dechunk_bwd_reduce": REDUCE,
 def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual):
     D, T, N = z.shape[1], prob.shape[0], cu_seqlens.shape[0] - 1
     z, residual = rows(z), rows(residual)
+    prob, chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
     out = empty(z, T, D, dtype=z.dtype)
     planned = FWD.blocks(z, D)
     FWD.launch(
@@ -294,6 +296,7 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
 def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
     (T, D), M, N = dout.shape, z.shape[0], cu_seqlens.shape[0] - 1
     dout, z = rows(dout), rows(z)
+    prob, chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
     planned = BWD.blocks(z, D)
     parts = triton.cdiv(D, planned["BLOCK_D"])
     dz, dprob, dselected = empty(z, M, D, dtype=z.dtype), empty(z, T), empty(z, T)
@@ -316,11 +319,12 @@ def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
 
 def dechunk_step(z, boundary_prob, boundary_mask, state, residual):
     B, D = z.shape
-    z, residual, state = rows(z), rows(residual), state.contiguous()
+    z, residual = rows(z), rows(residual)
+    boundary_prob, boundary_mask, state = dense(boundary_prob, boundary_mask, state)
     out, new_state = empty(z, B, D, dtype=z.dtype), empty(z, B, D)
     planned = STEP.blocks(z, D)
     STEP.launch(
-        (B, triton.cdiv(D, planned["BLOCK_D"])), z, D, z, boundary_prob.contiguous(), boundary_mask.contiguous(), state,
-        residual, out, new_state, stride(z), stride(residual), HAS_RESIDUAL=residual is not None,
+        (B, triton.cdiv(D, planned["BLOCK_D"])), z, D, z, boundary_prob, boundary_mask, state, residual, out,
+        new_state, stride(z), stride(residual), HAS_RESIDUAL=residual is not None,
     )  # fmt: skip
     return out, new_state

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, block_columns, dot_precision, empty, rows, search_steps, sequence_of, stride
+from .common import Kernel, block_columns, dense, dot_precision, empty, rows, search_steps, sequence_of, stride
 
 BLOCK_T = 32  # positions of a tile
 
@@ -249,10 +249,10 @@ def _entering(x, p, cu_seqlens, edge, reverse):
 
 def ema(z, p, cu_seqlens, initial_state):
     (T, D), N = z.shape, cu_seqlens.shape[0] - 1
-    z, p, cu_seqlens = rows(z), p.contiguous(), cu_seqlens.contiguous()
-    initial = None if initial_state is None else initial_state.contiguous()
+    z = rows(z)
+    p, cu_seqlens, initial = dense(p, cu_seqlens, initial_state)
     y = empty(z, T, D, dtype=z.dtype)
-    final = torch.zeros(N, D, device=z.device) if initial is None else initial.clone()  # what empty sequences return
+    final = empty(z, N, D).zero_() if initial is None else initial.clone()  # what empty sequences return
     if T:
         carry = _entering(z, p, cu_seqlens, initial, reverse=False)
         FWD.launch(
@@ -264,9 +264,8 @@ def ema(z, p, cu_seqlens, initial_state):
 
 def ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state):
     (T, D), N = z.shape, cu_seqlens.shape[0] - 1
-    dy, z, p, cu_seqlens = rows(dy), rows(z), p.contiguous(), cu_seqlens.contiguous()
-    initial = None if initial_state is None else initial_state.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dy, z = rows(dy), rows(z)
+    p, cu_seqlens, initial, dfinal = dense(p, cu_seqlens, initial_state, dfinal)
     columns = _columns(BWD, z)
     dz, dp_part = empty(z, T, D, dtype=z.dtype), empty(z, columns, T)
     dinitial = empty(z, 0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Kernel, block_columns, empty, rows, stride
+from .common import Kernel, block_columns, dense, empty, rows, stride
 
 BOUNDARY, MEAN, MAX, LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 CODES = {"boundary": 0, "mean": 1, "max": 2, "last": 3}
@@ -165,7 +165,8 @@ def _blocks(kernel: Kernel, x: Tensor) -> tuple[int, int]:
 
 def pool(x, chunk_start, chunk_index, cu_chunks, cu_seqlens, mode):
     D, M, N = x.shape[1], chunk_start.shape[0], cu_seqlens.shape[0] - 1
-    x, chunk_start = rows(x), chunk_start.contiguous()
+    x = rows(x)
+    chunk_start, cu_chunks, cu_seqlens = dense(chunk_start, cu_chunks, cu_seqlens)
     z = empty(x, M, D, dtype=x.dtype)
     if x.shape[0] == 0:
         return z.zero_()
@@ -180,7 +181,8 @@ def pool(x, chunk_start, chunk_index, cu_chunks, cu_seqlens, mode):
 
 def pool_bwd(dz, x, chunk_start, chunk_index, cu_chunks, cu_seqlens, T, mode):
     (M, D), N = dz.shape, cu_seqlens.shape[0] - 1
-    dz, x, chunk_start = rows(dz), rows(x), chunk_start.contiguous()
+    dz, x = rows(dz), rows(x)
+    chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(chunk_start, chunk_index, cu_chunks, cu_seqlens)
     dx = empty(dz, T, D, dtype=dz.dtype)
     if T == 0:
         return dx

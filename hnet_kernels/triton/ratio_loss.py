@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import Kernel, empty
+from .common import Kernel, dense, empty
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def ratio_loss(prob_sum, cu_seqlens, cu_chunks, target_ratio, by_sequence, strai
     N = cu_seqlens.shape[0] - 1
     loss, dprob_sum = empty(prob_sum), empty(prob_sum, N)
     LOSS[by_sequence].launch(
-        (1,), prob_sum, 1, cu_seqlens.contiguous(), cu_chunks.contiguous(), prob_sum.contiguous(), loss, dprob_sum,
-        target_ratio, N, STRAIGHT_THROUGH=straight_through,
+        (1,), prob_sum, 1, *dense(cu_seqlens, cu_chunks, prob_sum), loss, dprob_sum, target_ratio, N,
+        STRAIGHT_THROUGH=straight_through,
     )  # fmt: skip
     return loss, dprob_sum

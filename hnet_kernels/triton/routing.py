@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, block_columns, empty, rows, search_steps, sequence_of, stride
+from .common import Kernel, block_columns, dense, empty, rows, search_steps, sequence_of, stride
 
 ROUTE_BLOCK = 8  # positions of a block of the forward
 COMPACT_BLOCK = 2048
@@ -374,8 +374,8 @@ KERNELS = {
 def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     i32 = torch.int32
-    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
-    candidates = None if candidates is None else candidates.contiguous()
+    q, k = rows(q), rows(k)
+    cu_seqlens, candidates = dense(cu_seqlens, candidates)
     prob, selected, cos, inv_q, inv_k = (empty(q, T) for _ in range(5))
     num_dropped = torch.empty((), dtype=i32, device=q.device)
     mask, code = empty(q, T, dtype=torch.bool), empty(q, T, dtype=torch.int8)
@@ -407,11 +407,12 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
 
 def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
-    q, k, cu_seqlens = rows(q), rows(k), cu_seqlens.contiguous()
+    q, k = rows(q), rows(k)
+    cu_seqlens, mask, cos, inv_q, inv_k = dense(cu_seqlens, mask, cos, inv_q, inv_k)
     dq, dk = empty(q, T, D, dtype=q.dtype), empty(q, T, D, dtype=q.dtype)
     blocks = triton.cdiv(T + 1, ROUTE_BLOCK) if T else 0
     dbias = empty(q, blocks) if bias_grad else None
-    grads = [None if g is None else g.contiguous() for g in (dprob, dselected, dprob_sum)]
+    grads = dense(dprob, dselected, dprob_sum)
     ROUTE_BWD.launch(
         (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, *grads, dq, dk, dbias,
         T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
@@ -424,7 +425,7 @@ def route_step(q_prev, k, is_first, logit_bias, candidates):
     B, D = k.shape
     q_prev, k = rows(q_prev), rows(k)
     prob, selected, mask = empty(k, B), empty(k, B), empty(k, B, dtype=torch.bool)
-    flags = [None if f is None else f.contiguous() for f in (is_first, candidates)]
+    flags = dense(is_first, candidates)
     ROUTE_STEP.launch(
         (B,), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, stride(q_prev), stride(k),
         HAS_FIRST=is_first is not None, HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,

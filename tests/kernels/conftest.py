@@ -1,7 +1,19 @@
+import importlib.util
 import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
+
+import hnet_kernels.native
+from hnet_kernels import dispatch
+from hnet_kernels.cuda import common, routing
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
 
 # Compiled graphs are cached on disk under keys that know nothing of an op's schema: one from before a change would run
 torch.compiler.config.force_disable_caches = True
@@ -44,3 +56,35 @@ def on(request):
 def native(request):
     """As `on`, without the reference: what is registered with PyTorch as an op."""
     return request.param
+
+
+# --- the CUDA kernels on the CPU, by cuda_emulator.h -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The CUDA part of the native module, built on the emulator with blocks of 64 threads."""
+    if (cxx := shutil.which("g++") or shutil.which("c++")) is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("cuda") / "cuda_emulated.so"
+    includes = [CSRC, HERE, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
+    sources = [CSRC / "cuda/route.cu", CSRC / "cuda/dechunk.cu", CSRC / "cuda/bindings.cpp", HERE / "cuda_emulated.cpp"]
+    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command = [cxx, *flags, "-DHNET_CUDA_THREADS=64", *(f"-I{i}" for i in includes), "-x", "c++", *sources]
+    subprocess.run([*command, "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("cuda_emulated", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def on_emulator(emulated, monkeypatch):
+    emulated.set_resident_blocks(3)
+    monkeypatch.setattr(common, "extension", lambda: emulated)
+    monkeypatch.setattr(routing, "extension", lambda: emulated)
+    monkeypatch.setattr(common, "run", lambda launch, like: launch(0, 0))
+    monkeypatch.setattr(routing, "route_bwd", hnet_kernels.native.route_bwd)
+    refused = dispatch.why_not
+    monkeypatch.setattr(dispatch, "why_not", lambda name, *a: None if name == "cuda" else refused(name, *a))
+    return emulated

@@ -4,18 +4,11 @@ The emulator proves what the kernels compute and where they wait, for any order 
 proves nothing about speed or the GPU's memory model; for those there are the tests marked gpu.
 """
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-
 import pytest
 import torch
 
 import hnet_kernels as hk
-from hnet_kernels import dispatch, native, reference
-from hnet_kernels.cuda import common, routing
+from hnet_kernels import dispatch, reference
 
 from .cases import LONG, PACKS, assert_close, cu_of, qk_with_rate, rand
 from .test_route import (  # noqa: F401
@@ -37,38 +30,6 @@ from .test_route import (  # noqa: F401
     test_zero_rows_do_not_divide_by_zero,
 )
 from .test_torch_integration import test_opcheck_route, test_opcheck_steps  # noqa: F401
-
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The CUDA part of the native module, built on the emulator with blocks of 64 threads."""
-    if (cxx := shutil.which("g++") or shutil.which("c++")) is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "cuda_emulated.so"
-    includes = [CSRC, HERE, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
-    sources = [CSRC / "cuda/route.cu", CSRC / "cuda/dechunk.cu", CSRC / "cuda/bindings.cpp", HERE / "cuda_emulated.cpp"]
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-fvisibility=hidden"]
-    command = [cxx, *flags, "-DHNET_CUDA_THREADS=64", *(f"-I{i}" for i in includes), "-x", "c++", *sources]
-    subprocess.run([*command, "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location("cuda_emulated", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def on_emulator(emulated, monkeypatch):
-    emulated.set_resident_blocks(3)
-    monkeypatch.setattr(common, "extension", lambda: emulated)
-    monkeypatch.setattr(routing, "extension", lambda: emulated)
-    monkeypatch.setattr(common, "run", lambda launch, like: launch(0, 0))
-    monkeypatch.setattr(routing, "route_bwd", native.route_bwd)
-    refused = dispatch.why_not
-    monkeypatch.setattr(dispatch, "why_not", lambda name, *a: None if name == "cuda" else refused(name, *a))
-    return emulated
 
 
 @pytest.fixture(params=[pytest.param("cpu", id="emulated"), pytest.param("cuda", id="cuda-gpu", marks=pytest.mark.gpu)])

@@ -135,6 +135,8 @@ def test_rows_past_the_last_sequence_are_zero(on):
     dout[40:] = float("nan")
     out.backward(dout)
     assert not z.grad.isnan().any()
+    assert (residual.grad[:40] == 1).all()
+    assert (residual.grad[40:] == 0).all()
 
 
 def test_without_residual_and_without_gradient(on):

@@ -17,7 +17,11 @@ pytestmark = [
 
 # Left out: what the interpreter takes minutes over (long packs and rows, threads it does not use), and two processes
 LEFT_OUT = ["1024", "1000", "long", "triton-64-", "more_than_one_tile", "split_equals_whole", "same_bits", "global"]
-FILES = ["test_route test_dechunk", "test_pool test_ratio_loss", "test_ema test_triton_launches test_torch_integration"]
+FILES = [
+    "test_route test_dechunk",
+    "test_pool test_ratio_loss",
+    "test_ema test_strides test_triton_launches test_torch_integration",
+]
 
 
 @pytest.fixture(scope="module")
