@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import dispatch
+from . import __version__, dispatch
 
 OPS = ("route", "pool", "dechunk", "ema", "route_step", "dechunk_step")
 
@@ -17,7 +17,7 @@ OPS = ("route", "pool", "dechunk", "ema", "route_step", "dechunk_step")
 def report() -> str:
     """One readable page."""
     lines = [
-        f"hnet-kernels on {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
+        f"hnet-kernels {__version__} on {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     ]
     error = dispatch.native_error()

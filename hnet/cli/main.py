@@ -14,6 +14,7 @@ from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.config.keys import read_toml
 from hnet.errors import RunFailed
 from hnet.train.config import TrainConfig
+from hnet_kernels import __version__
 
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
@@ -37,6 +38,7 @@ class OneLineErrors(click.Group):
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
+@click.version_option(__version__, "-V", "--version", prog_name="hnet")
 def main(traceback: bool) -> None:
     """Train and run H-Nets: byte-level language models that learn their own chunks (arXiv 2507.07955)."""
     from hnet_kernels import keep_memory
