@@ -1,13 +1,14 @@
 # make demo   set up, train a small H-Net on Python's standard library (about four minutes), show what it learned
-# make test   set up, run all tests
+# make test   set up, run the tests but for those marked slow      make test-slow   those
 # make gate   compile every Triton kernel for every GPU target (no GPU needed); fails on a register spill
-# make check  ruff and mypy          make bench  the benchmarks (results: make bench RESULTS=cpu)
+# make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
+# make wheel  build the wheel and one of the ops alone, install each apart from the sources and use it
 # make gpu    on a machine with a GPU: build for the torch that PYTHON has, run the GPU tests, the GPU benchmarks, and
 #             print their table. Downloads nothing. Alone: make gpu-build, make gpu-test, make gpu-bench
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test gate check bench smoke clean gpu gpu-build gpu-test gpu-bench
+.PHONY: setup demo test test-slow gate check bench smoke wheel clean gpu gpu-build gpu-test gpu-bench
 
 setup: .venv/ready
 
@@ -24,8 +25,16 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/hnet demo
 
+# A process for each core with one thread: small tensors gain nothing from a second. A file stays in one process, where
+# its tests share what is costly. (xdist 3.8 does not see xdist_group under pytest 9.2.) All in one: JOBS=0
+JOBS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 gate: setup
 	$(BIN)/python -m hnet_kernels.info --compile
@@ -34,6 +43,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q -s -m "not gpu" $(if $(RESULTS),--results $(RESULTS))
@@ -42,10 +52,25 @@ bench: setup
 smoke: setup
 	$(BIN)/python -m pytest benchmarks -q --smoke
 
+# The packages of .venv lend what the wheel depends on; its own hooks, such as our editable install, stay behind
+wheel: setup
+	rm -rf build/wheel
+	set -e; for kind in all ops; do \
+	  $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel/$$kind . \
+	    -C build-dir=build/wheel/$$kind/build \
+	    -C cmake.define.HNET_OPS_ONLY=$$(test $$kind = ops && echo ON || echo OFF); \
+	  $(BIN)/python -m venv build/wheel/$$kind/venv; \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    > $$(echo build/wheel/$$kind/venv/lib/python*/site-packages)/dependencies.pth; \
+	  build/wheel/$$kind/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
+	    --ignore-installed build/wheel/$$kind/*.whl; \
+	  build/wheel/$$kind/venv/bin/python .ci/smoke_wheel.py $$kind; \
+	done
+
 # --- on a machine with a GPU: no environment of our own, no build isolation, no index to download from ---------------
 HAS_GPU = $(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else sys.executable + ": torch " + torch.__version__ + " sees no CUDA device")'
 CARD = $(shell $(PYTHON) -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())' 2>/dev/null)
-WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()), "--dist loadgroup")' 2>/dev/null)
+WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()), "--dist loadfile")' 2>/dev/null)
 
 gpu:
 	$(MAKE) gpu-build

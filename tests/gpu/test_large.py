@@ -8,7 +8,7 @@ from hnet_kernels import reference
 
 from .windows import windows
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("large")]  # one at a time: each needs tens of GiB
+pytestmark = pytest.mark.gpu  # one at a time, as a file is with --dist loadfile: each needs tens of GiB
 
 T, D = 2_300_000, 1024
 PLACES = [0.0, 0.37, 0.8, 0.95, 1.0]  # element 2^31 is at 0.91 of the positions

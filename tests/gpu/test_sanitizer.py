@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.xdist_group("sanitizer")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 RUN = [sys.executable, "-m", "tests.gpu.small_run", "cuda"]

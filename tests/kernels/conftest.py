@@ -1,12 +1,15 @@
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import hnet_kernels.native
 from hnet_kernels import dispatch
@@ -62,16 +65,24 @@ def native(request):
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The CUDA part of the native module, built on the emulator with blocks of 64 threads."""
+def emulated():
+    """The CUDA part of the native module, built on the emulator with blocks of 64 threads: once for these sources."""
     if (cxx := shutil.which("g++") or shutil.which("c++")) is None:
         pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "cuda_emulated.so"
     includes = [CSRC, HERE, Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
     sources = [CSRC / "cuda/route.cu", CSRC / "cuda/dechunk.cu", CSRC / "cuda/bindings.cpp", HERE / "cuda_emulated.cpp"]
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-fvisibility=hidden"]
     command = [cxx, *flags, "-DHNET_CUDA_THREADS=64", *(f"-I{i}" for i in includes), "-x", "c++", *sources]
-    subprocess.run([*command, "-o", library], check=True)
+    read = [*sorted(p for p in CSRC.rglob("*") if p.is_file()), *sorted(HERE.glob("cuda_emula*"))]
+    of = hashlib.sha256(repr((command, sys.version, torch.__version__)).encode())
+    for path in read:
+        of.update(path.read_bytes())
+    library = HERE.parents[1] / "build" / "tests" / f"cuda_emulated_{of.hexdigest()[:16]}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{library}.lock"):  # of the processes of pytest-xdist one compiles
+        if not library.exists():
+            subprocess.run([*command, "-o", f"{library}.part"], check=True)
+            Path(f"{library}.part").rename(library)
     spec = importlib.util.spec_from_file_location("cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -62,6 +62,7 @@ def test_environment_variable():
     assert "HNET_KERNELS_BACKEND must be one of" in bad.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_agrees(isa):
     """The op tests again on another instruction set, in a process of its own."""

@@ -5,7 +5,7 @@ import torch
 
 import hnet_kernels as hk
 
-from .cases import LONG, PACKS, assert_close, cu_of, leaf, qk_with_rate, rand, routing_with
+from .cases import INTERPRETED, LONG, PACKS, assert_close, cu_of, leaf, qk_with_rate, rand, routing_with
 from .test_pool import on_device
 
 OPS = torch.ops.hnet_kernels
@@ -70,11 +70,9 @@ def round_trip(q, k, x, residual, cu, budget, backend):
     return loss, out, r.chunk_start
 
 
-@pytest.mark.parametrize("budget", [None, 100])
-def test_compile_fullgraph(on, budget):
-    backend, device = on
+def check_compiled(backend, device, budget, compiler):
     torch._dynamo.reset()
-    compiled = torch.compile(round_trip, fullgraph=True)
+    compiled = torch.compile(round_trip, fullgraph=True, backend=compiler)
     for lengths in (PACKS["ragged"], [90, 164]):  # another layout must not need another graph kind
         q, k = (leaf(x.to(device)) for x in qk_with_rate(254, 32, 0.3))
         x, residual = leaf(rand(254, 32).to(device)), leaf(rand(254, 32, seed=1).to(device))
@@ -86,6 +84,20 @@ def test_compile_fullgraph(on, budget):
         assert torch.equal(got[2], want[2])
         for g, w in zip((*got[:2], *dgot), (*want[:2], *dwant), strict=True):
             assert_close(g.detach(), w.detach(), 2e-5)
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_compile_fullgraph(on, budget):
+    backend, device = on
+    check_compiled(backend, device, budget, "aot_eager" if on == ("reference", "cpu") else "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="no kernel of ours is in it")
+@pytest.mark.parametrize("budget", [None, 100])
+def test_inductor_compiles_the_reference(budget):
+    """Its C++ takes a minute to compile."""
+    check_compiled("reference", "cpu", budget, "inductor")
 
 
 def test_compile_ema(on):

@@ -212,7 +212,7 @@ def test_an_interrupt_of_one_process_stops_all_at_the_same_step(ran, parallel):
     assert latest_checkpoint(folder / f"stopped-{parallel}" / "checkpoints").name == "step_00000003"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_kill_9_and_resume_is_exact(ran, parallel, tmp_path):
     folder, base = ran
     c = dataclasses.replace(base, **RUN, parallel=parallel, out=str(tmp_path / "run"))
@@ -226,6 +226,7 @@ def test_kill_9_and_resume_is_exact(ran, parallel, tmp_path):
         equal(straight["rows"][4:], resumed["rows"])
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_read_by_one_process_and_by_three(ran, tmp_path):
     folder, base = ran
     path, saved = folder / "straight-fsdp", found(folder, "straight-fsdp")["state"]
@@ -266,6 +267,7 @@ def test_fsdp_refuses_what_it_cannot_do(config, change, message):
         shard(torch.nn.Linear(2, 2), dataclasses.replace(config, parallel="fsdp", **change), World(0, 2, 0))
 
 
+@pytest.mark.slow
 def test_torchrun(config):
     config = dataclasses.replace(config, parallel="fsdp", steps=2)
     path = Path(config.out).parent / "config.toml"
