@@ -2,8 +2,8 @@
 
 `python -m hnet_kernels.info --compile` prints the table and fails on a register spill or on more shared memory than
 the device has. Built for every target: rows of 256 to 2048 columns in bf16 and fp32; at one width also fp16, the
-kernel with all of its optional arguments and with none, and (once, as only Triton's front end cares) with every size
-equal to 1, which Triton turns into a constant.
+kernel with all of its optional arguments and with none, and (once, as only Triton's front end cares) rows of one
+column, whose stride of 1 Triton turns into a constant.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TARGETS = {
 class Variant(NamedTuple):
     """One compilation of a kernel. case: "planned" is the usual call; "full" and "bare" have all and none of the
     optional arguments; "even" has "*R" rows in the dtype of the others, where the usual call has fp32 next to 16-bit
-    ones; "ones" has every size (not the strides) equal to 1."""
+    ones; "ones" has rows of one column, and so strides equal to 1."""
 
     kernel: str
     dtype: str
@@ -86,11 +86,25 @@ def variants(name: str, kernel: Kernel) -> Iterator[Variant]:
             yield Variant(name, "bf16", WIDTH, "bare", target)
         if "*R" in kernel.args.values():
             yield Variant(name, "bf16", WIDTH, "even", target)
-    yield Variant(name, "bf16", WIDTH, "ones", "sm_90")
+    if any(n.endswith("stride") for n in kernel.args):
+        yield Variant(name, "bf16", 1, "ones", "sm_90")
 
 
 def _optional(constexpr: str) -> bool:
     return constexpr.startswith("HAS_") or constexpr == "STRAIGHT_THROUGH"
+
+
+def source(kernel: Kernel, rows: str, residual: str, constexprs: dict[str, Any], aligned: bool) -> ASTSource:
+    """What the just-in-time compiler makes of a launch: `rows` and `residual` are the types of "*T" and "*R"; all
+    pointers, and with `aligned` all strides, are multiples of 16."""
+    signature = {n: {"*T": rows, "*R": residual}.get(kind, kind) for n, kind in kernel.args.items()}
+    names = kernel.fn.arg_names
+    attrs: Any = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n, kind in signature.items()
+        if kind.startswith("*") or (aligned and n.endswith("stride"))
+    }
+    return ASTSource(kernel.fn, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, attrs)
 
 
 def compile_one(variant: Variant) -> Report:
@@ -100,16 +114,11 @@ def compile_one(variant: Variant) -> Report:
     constexprs, options = kernel.plan(D, DTYPES[dtype], target)
     if case in ("full", "bare"):
         constexprs = {n: case == "full" if _optional(n) else value for n, value in constexprs.items()}
-    rows = f"*{dtype}"
-    signature = {n: {"*T": rows, "*R": rows if case == "even" else "*fp32"}.get(t, t) for n, t in kernel.args.items()}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n.endswith("stride")]
     if case == "ones":
-        constexprs = constexprs | {n: 1 for n, kind in signature.items() if kind == "i32" and n not in aligned}
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    names = kernel.fn.arg_names
-    attrs: Any = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+        constexprs = constexprs | {n: 1 for n in kernel.args if n.endswith("stride")}
     gpu, limit = TARGETS[target]
-    binary = triton.compile(ASTSource(kernel.fn, signature, constexprs, attrs), target=gpu, options=options)
+    code = source(kernel, f"*{dtype}", f"*{dtype}" if case == "even" else "*fp32", constexprs, aligned=case != "ones")
+    binary = triton.compile(code, target=gpu, options=options)
     used = amd_usage(binary.asm["amdgcn"]) if gpu.backend == "hip" else nvidia_usage(binary.asm, target)
     return Report(variant, *used, binary.metadata.shared, limit)
 

@@ -17,6 +17,15 @@ from hnet_kernels.dispatch import triton_interpreted
 
 INTERPRETED = triton_interpreted()
 
+# Arguments that change from batch to batch. Triton compiles another kernel for an integer that is 1 or divisible by 16;
+# of these it must not, or it goes on compiling, a second at a time, far into a training run.
+LENGTHS = ("T", "M", "N", "B", "steps", "num_blocks", "budget", "tiles")
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """A kernel. Functions that kernels call are `triton.jit`."""
+    return triton.jit(fn, do_not_specialize=LENGTHS)
+
 
 Plan = Callable[[int, torch.dtype, str], tuple[dict[str, Any], dict[str, int]]]
 

@@ -29,6 +29,7 @@ from .common import (
     dot_dtype,
     dot_precision,
     empty,
+    jit,
     rows,
     search_steps,
     sequence_of,
@@ -60,7 +61,7 @@ def _chunks(prob, chunk_start, j, on):
     return p, tl.where(on, (tl.log2(1.0 - p) * FIXED - 0.5).to(tl.int32), 0)
 
 
-@triton.jit
+@jit
 def _dechunk_fwd_kernel(
     z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, out, T, N, steps, z_stride, residual_stride,
     D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HALO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,7 +107,7 @@ def _position_of(chunk_start, m, num_chunks, end):
     return tl.load(chunk_start + m, mask=inside, other=0) + tl.where(inside, 0, end)
 
 
-@triton.jit
+@jit
 def _dechunk_bwd_kernel(
     dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part, dresidual,
     T, M, N, steps, dout_stride, z_stride,
@@ -180,7 +181,7 @@ def _dechunk_bwd_kernel(
             tl.store(dresidual + t.to(tl.int64)[:, None] * D + c[None, :], zero, mask=(t < pad_end)[:, None] & col)
 
 
-@triton.jit
+@jit
 def _dechunk_bwd_reduce_kernel(
     prob, chunk_start, chunk_index, cu_seqlens, dp_part, dc_part, dprob, dselected, T, M, N, parts,
     BLOCK: tl.constexpr,
@@ -200,7 +201,7 @@ def _dechunk_bwd_reduce_kernel(
     tl.store(dprob + t, dp, mask=t < T)
 
 
-@triton.jit
+@jit
 def _dechunk_step_kernel(
     z, prob, mask, state, residual, out, new_state, z_stride, residual_stride,
     D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,

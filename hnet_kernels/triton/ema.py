@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, block_columns, dense, dot_precision, empty, rows, search_steps, sequence_of, stride
+from .common import Kernel, block_columns, dense, dot_precision, empty, jit, rows, search_steps, sequence_of, stride
 
 BLOCK_T = 32  # positions of a tile
 
@@ -58,7 +58,7 @@ def _output_gradient(dy, dfinal, t, c, seq, last, on, dy_stride, D: tl.constexpr
     return d
 
 
-@triton.jit
+@jit
 def _ema_tile_kernel(
     rows, p, cu_seqlens, edge, decay, added, T, N, steps, row_stride,
     D: tl.constexpr, HAS_EDGE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,7 +83,7 @@ def _ema_tile_kernel(
     tl.store(added + pid.to(tl.int64) * D + c, tl.sum(v * w[:, None], 0), mask=c < D)
 
 
-@triton.jit
+@jit
 def _ema_carry_kernel(
     decay, added, carry, tiles,
     D: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -117,7 +117,7 @@ def _ema_carry_kernel(
         state = tl.sum(tl.where((tl.arange(0, BLOCK) == BLOCK - 1)[:, None], after, 0.0), 0)
 
 
-@triton.jit
+@jit
 def _ema_fwd_kernel(
     z, p, cu_seqlens, initial, carry, y, final, T, N, steps, z_stride,
     D: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -135,7 +135,7 @@ def _ema_fwd_kernel(
     tl.store(final + seq.to(tl.int64)[:, None] * D + c[None, :], out, mask=m & last[:, None])
 
 
-@triton.jit
+@jit
 def _ema_bwd_kernel(
     dy, dfinal, z, p, cu_seqlens, initial, carry, carry_g, dz, dp_part, dinitial, T, N, steps, dy_stride, z_stride,
     D: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_INITIAL: tl.constexpr, PRECISION: tl.constexpr,

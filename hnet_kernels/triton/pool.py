@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Kernel, block_columns, dense, empty, rows, stride
+from .common import Kernel, block_columns, dense, empty, jit, rows, stride
 
 BOUNDARY, MEAN, MAX, LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 CODES = {"boundary": 0, "mean": 1, "max": 2, "last": 3}
@@ -19,7 +19,7 @@ def _chunk_end(chunk_start, m, num_chunks, end):
     return tl.load(chunk_start + m + 1, mask=m + 1 < num_chunks, other=0) + tl.where(m + 1 < num_chunks, 0, end)
 
 
-@triton.jit
+@jit
 def _pool_copy_kernel(
     x, chunk_start, cu_chunks, cu_seqlens, z, M, N, x_stride,
     D: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -37,7 +37,7 @@ def _pool_copy_kernel(
     tl.store(z + m.to(tl.int64)[:, None] * D + c[None, :], v, mask=(m < M)[:, None] & col)
 
 
-@triton.jit
+@jit
 def _pool_reduce_kernel(
     x, chunk_start, cu_chunks, cu_seqlens, z, N, x_stride,
     D: tl.constexpr, MODE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -63,7 +63,7 @@ def _pool_reduce_kernel(
     tl.store(z + m.to(tl.int64) * D + c, acc, mask=on)
 
 
-@triton.jit
+@jit
 def _pool_bwd_kernel(
     dz, chunk_start, chunk_index, cu_chunks, cu_seqlens, dx, T, N, dz_stride,
     D: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -90,7 +90,7 @@ def _pool_bwd_kernel(
     tl.store(dx + t.to(tl.int64)[:, None] * D + c[None, :], g, mask=(t < T)[:, None] & col)
 
 
-@triton.jit
+@jit
 def _pool_max_bwd_kernel(
     dz, x, chunk_start, cu_chunks, cu_seqlens, dx, T, N, M, dz_stride, x_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr,

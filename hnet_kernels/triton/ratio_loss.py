@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import Kernel, dense, empty
+from .common import Kernel, dense, empty, jit
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _sequences(cu_seqlens, cu_chunks, prob_sum, at, N):
     return length, count.to(tl.float32), tl.load(prob_sum + at, mask=on, other=0.0)
 
 
-@triton.jit
+@jit
 def _ratio_loss_kernel(
     cu_seqlens, cu_chunks, prob_sum, loss, dprob_sum, target_ratio, N,
     BY_SEQUENCE: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, block_columns, dense, empty, rows, search_steps, sequence_of, stride
+from .common import Kernel, block_columns, dense, empty, jit, rows, search_steps, sequence_of, stride
 
 ROUTE_BLOCK = 8  # positions of a block of the forward
 COMPACT_BLOCK = 2048
@@ -52,7 +52,7 @@ def _row_sums(q, k, q_row, k_row, wanted, D: tl.constexpr, BLOCK: tl.constexpr, 
     return tl.sum(qq, 1), tl.sum(kk, 1), tl.sum(qk, 1)
 
 
-@triton.jit
+@jit
 def _route_fwd_kernel(
     q, k, cu_seqlens, candidates, bias, prob, cos_out, inv_q_out, inv_k_out, code_out, block_count, block_sum,
     T, N, steps, q_stride, k_stride,
@@ -95,7 +95,7 @@ def _rank_from_the_top(histogram, wanted, BINS: tl.constexpr):
     return b, above
 
 
-@triton.jit
+@jit
 def _select_kernel(
     prob, code, cu_seqlens, block_count, selection, num_dropped, T, N, num_blocks, budget, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,7 @@ def _count_before(
     return tl.sum(kept) + tl.minimum(tied_before, ties), tied_before
 
 
-@triton.jit
+@jit
 def _compact_kernel(
     prob, code, cu_seqlens, block_count, block_sum, selection,
     mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped,
@@ -229,7 +229,7 @@ def _compact_kernel(
             tl.store(prob_sum + n, tl.sum(acc))
 
 
-@triton.jit
+@jit
 def _route_bwd_kernel(
     q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
@@ -278,7 +278,7 @@ def _route_bwd_kernel(
         tl.store(dk + row[:, None] * D + c[None, :], db, mask=on[:, None] & col)
 
 
-@triton.jit
+@jit
 def _route_step_kernel(
     q, k, is_first, candidates, bias, prob, mask, selected, q_stride, k_stride,
     D: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_BIAS: tl.constexpr,
