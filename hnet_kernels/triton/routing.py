@@ -25,14 +25,17 @@ HALF = tl.constexpr(0x3F000000)  # bits of 0.5: boundaries have 1 .. 2^23 above 
 
 
 @triton.jit
-def _probability(q_sum, k_sum, dot, scale):
-    """p, cos and the inverse norms, from three row sums"""
-    inv_q = 1.0 / tl.maximum(tl.sqrt(q_sum), 1e-12)
-    inv_k = 1.0 / tl.maximum(tl.sqrt(k_sum), 1e-12)
+def _probability(q_sum, k_sum, dot, bias, HAS_BIAS: tl.constexpr):
+    """p, cos and the inverse norms, from three row sums. Rounded as in IEEE 754; Triton's sqrt and / are not."""
+    inv_q = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(q_sum), 1e-12))
+    inv_k = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(k_sum), 1e-12))
     cos = dot * inv_q * inv_k
     p = (1.0 - cos) * 0.5
     p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))  # keeps NaN
-    return p * scale / (1.0 - p + p * scale), cos, inv_q, inv_k
+    if HAS_BIAS:
+        scale = tl.exp(tl.load(bias))
+        p = tl.div_rn(p * scale, 1.0 - p + p * scale)
+    return p, cos, inv_q, inv_k
 
 
 @triton.jit
@@ -67,10 +70,7 @@ def _route_fwd_kernel(
     pair = inside & (t != tl.load(cu_seqlens + seq))
     row = t.to(tl.int64)
     qq, kk, qk = _row_sums(q, k, (row - 1) * q_stride, row * k_stride, pair, D, BLOCK, BLOCK_D)
-    scale = 1.0
-    if HAS_BIAS:
-        scale = tl.exp(tl.load(bias))
-    p, cos, inv_q, inv_k = _probability(qq, kk, qk, scale)
+    p, cos, inv_q, inv_k = _probability(qq, kk, qk, bias, HAS_BIAS)
     p = tl.where(first, 1.0, tl.where(pair, p, 0.0))
     boundary = pair & (p > 0.5)
     if HAS_CANDIDATES:
@@ -280,27 +280,26 @@ def _route_bwd_kernel(
 
 @jit
 def _route_step_kernel(
-    q, k, is_first, candidates, bias, prob, mask, selected, q_stride, k_stride,
+    q, k, is_first, candidates, bias, prob, mask, selected, B, q_stride, k_stride,
     D: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0)
-    rows = b + tl.zeros((1,), tl.int64)
-    qq, kk, qk = _row_sums(q, k, rows * q_stride, rows * k_stride, rows >= 0, D, 1, BLOCK_D)
-    scale = 1.0
-    if HAS_BIAS:
-        scale = tl.exp(tl.load(bias))
-    p, _, _, _ = _probability(qq, kk, qk, scale)
+    """The tile and warps are those of the forward, so the sums are added in its order: the same bits."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    on = b < B
+    row = b.to(tl.int64)
+    qq, kk, qk = _row_sums(q, k, row * q_stride, row * k_stride, on, D, BLOCK, BLOCK_D)
+    p, _, _, _ = _probability(qq, kk, qk, bias, HAS_BIAS)
     boundary = p > 0.5
     if HAS_CANDIDATES:
-        boundary = boundary & (tl.load(candidates + rows) != 0)
+        boundary = boundary & (tl.load(candidates + b, mask=on, other=0) != 0)
     if HAS_FIRST:
-        first = tl.load(is_first + rows) != 0
+        first = tl.load(is_first + b, mask=on, other=0) != 0
         p = tl.where(first, 1.0, p)
         boundary = boundary | first
-    tl.store(prob + rows, p)
-    tl.store(mask + rows, boundary.to(tl.int8))
-    tl.store(selected + rows, tl.where(boundary, p, 1.0 - p))
+    tl.store(prob + b, p, mask=on)
+    tl.store(mask + b, boundary.to(tl.int8), mask=on)
+    tl.store(selected + b, tl.where(boundary, p, 1.0 - p), mask=on)
 
 
 # --- launches -----------------------------------------------------------------------------------------------------
@@ -355,12 +354,9 @@ ROUTE_STEP = Kernel(
     _route_step_kernel,
     {
         "q": "*T", "k": "*T", "is_first": "*u8", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32", "mask": "*u8",
-        "selected": "*fp32", "q_stride": "i32", "k_stride": "i32",
+        "selected": "*fp32", "B": "i32", "q_stride": "i32", "k_stride": "i32",
     },
-    lambda D, dtype, gpu: (
-        {"D": D, "HAS_FIRST": True, "HAS_CANDIDATES": False, "HAS_BIAS": False, "BLOCK_D": block_columns(D, 1024)},
-        {"num_warps": 4},
-    ),
+    _row_plan(HAS_FIRST=True, HAS_CANDIDATES=False, HAS_BIAS=False),
 )  # fmt: skip
 KERNELS = {
     "route_fwd": ROUTE_FWD,
@@ -427,7 +423,8 @@ def route_step(q_prev, k, is_first, logit_bias, candidates):
     prob, selected, mask = empty(k, B), empty(k, B), empty(k, B, dtype=torch.bool)
     flags = dense(is_first, candidates)
     ROUTE_STEP.launch(
-        (B,), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, stride(q_prev), stride(k),
+        (triton.cdiv(B, ROUTE_BLOCK),), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, B,
+        stride(q_prev), stride(k),
         HAS_FIRST=is_first is not None, HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
     )  # fmt: skip
     return prob, mask, selected

@@ -199,9 +199,10 @@ def test_gradcheck_reference():
 
 
 @pytest.mark.parametrize("bias", [None, 0.4])
-def test_step_equals_full(on, bias):
+@pytest.mark.parametrize(("D", "dtype"), [(33, torch.float32), (64, torch.bfloat16), (700, torch.float32)])
+def test_step_equals_full(on, D, dtype, bias):
     backend, device = on
-    q, k = qk_with_rate(40, 33, 0.4)
+    q, k = qk_with_rate(40, D, 0.4, dtype)
     full = run(on, q, k, cu_of([40]), logit_bias=bias)
     is_first = torch.arange(40) == 0
     prob, mask, selected = hk.route_step(

@@ -1,8 +1,9 @@
 """What Triton's just-in-time compiler would build, asked without a GPU: how many kernels a run of changing lengths
-compiles."""
+compiles, and in which order a kernel adds."""
 
 import importlib
 import random
+import re
 
 import pytest
 import torch
@@ -93,3 +94,42 @@ def test_a_size_that_triton_specialises_would_be_seen(compiled, monkeypatch):
         run_everything(T, 2, 3, 1, 16, None)
     kinds = [(name, fixed) for name, _, fixed in compiled]
     assert {name: kinds.count((name, f)) for name, f in kinds if kinds.count((name, f)) > 1} == {"_ema_fwd_kernel": 3}
+
+
+def built(kernel, dtype, D, target="sm_90"):
+    """The forms a kernel goes through on its way to machine code, by name."""
+    import triton
+
+    aot = importlib.import_module("hnet_kernels.triton.aot")
+    constexprs, options = kernel.plan(D, aot.DTYPES[dtype], target)
+    source = aot.source(kernel, f"*{dtype}", f"*{dtype}", constexprs, D % 16 == 0)
+    return triton.compile(source, target=aot.TARGETS[target][0], options=options).asm
+
+
+def reductions(kernel, dtype, D):
+    """The layouts in which a kernel adds along rows, names resolved."""
+    text = built(kernel, dtype, D)["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    found = re.findall(r"\}\) : \(tensor<(\d+x\d+)xf32, (#\w+)>\) -> tensor<\d+xf32", text)
+    return [(shape, layouts[name]) for shape, name in found]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("D", [33, 64, 1024])
+def test_a_decoding_step_adds_in_the_order_of_route(dtype, D):
+    from hnet_kernels.triton import routing
+
+    full, step = (reductions(k, dtype, D) for k in (routing.ROUTE_FWD, routing.ROUTE_STEP))
+    assert len(full) == 3
+    assert step == full
+
+
+@pytest.mark.parametrize("name", ["route_fwd", "route_step"])
+def test_norms_and_probabilities_are_rounded_as_ieee_has_it(name):
+    """p must be exactly 1/2 for orthogonal rows and 1 for opposite ones, as on the CPU."""
+    from hnet_kernels.triton import routing
+
+    instructions = built(routing.KERNELS[name], "bf16", 64)["ptx"]
+    assert "sqrt.rn.f32" in instructions
+    assert "div.rn.f32" in instructions
+    assert not re.search(r"(sqrt|rsqrt|div|rcp)\.(approx|full)", instructions)
