@@ -237,7 +237,9 @@ def _fwd_plan(D, dtype, gpu):
 def _bwd_plan(D, dtype, gpu):
     if dtype == torch.float32:
         return _plan(D, dtype, gpu, 16, 64, 32, 4, 2, HAS_DRESIDUAL=False)
-    if gpu in ("sm_90", "sm_100"):  # asynchronous matrix products leave registers for a larger tile
+    if gpu == "sm_90":
+        return _plan(D, dtype, gpu, 64, 64, 128, 4, 1, HAS_DRESIDUAL=True)
+    if gpu == "sm_100":  # asynchronous matrix products leave registers for a larger tile
         return _plan(D, dtype, gpu, 64, 64, 64, 8, 3, HAS_DRESIDUAL=True)
     return _plan(D, dtype, gpu, 32, 64, 64, 8 if gpu == "sm_80" else 4, 3, HAS_DRESIDUAL=True)
 
