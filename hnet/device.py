@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from hnet.errors import UserError
+
 
 class World(NamedTuple):
     rank: int
@@ -20,7 +22,7 @@ class World(NamedTuple):
 
 def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda' but PyTorch sees no CUDA device")
+        raise UserError("device is 'cuda' but PyTorch sees no CUDA device")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 

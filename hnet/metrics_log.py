@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hnet.errors import user_path
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; a last line cut short by a crash is left out."""
+    """Every whole line; a last line cut short by a crash is left out, and so is what is no JSON object."""
     rows = []
-    for line in path.read_text().splitlines():
+    with user_path(path):
+        text = path.read_bytes().decode("utf-8", "replace")
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hnet.config.keys import read_json
+from hnet.errors import UserError
+
 from .spectral import fft_length
 
 MODEL_TYPE = "chunk_lm"
@@ -40,18 +43,18 @@ class ChunkLMConfig:
         for name in ("d_model", "n_layers", "seq_len", "kernel_len", "chunk", "expand", "state_dim"):
             _integer(name, getattr(self, name), 1)
         if self.vocab_size != 256:
-            raise ValueError(f"vocab_size must be 256, one symbol for every byte, got {self.vocab_size!r}")
+            raise UserError(f"vocab_size must be 256, one symbol for every byte, got {self.vocab_size!r}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+            raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}")
         for name in ("causal", "spectral_state"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.kernel_len > self.seq_len:
-            raise ValueError(f"kernel_len must be at most seq_len ({self.seq_len}), got {self.kernel_len}")
+            raise UserError(f"kernel_len must be at most seq_len ({self.seq_len}), got {self.kernel_len}")
         if self.chunk > self.seq_len:
-            raise ValueError(f"chunk must be at most seq_len ({self.seq_len}), got {self.chunk}")
+            raise UserError(f"chunk must be at most seq_len ({self.seq_len}), got {self.chunk}")
         if self.spectral_state and self.causal:
-            raise ValueError("spectral_state belongs to the chunk head: it must be false when causal is true")
+            raise UserError("spectral_state belongs to the chunk head: it must be false when causal is true")
         if self.cutoff is not None:
             _integer("cutoff", self.cutoff, 1, self.bins)
 
@@ -79,28 +82,26 @@ class ChunkLMConfig:
             ValueError: not a ChunkLM's config, an unknown key, a value out of range.
         """
         if not isinstance(d, dict):
-            raise ValueError(f"config must be a JSON object, got {type(d).__name__}")
+            raise UserError(f"config must be a JSON object, got {type(d).__name__}")
         d = dict(d)
         if (kind := d.pop("model_type", MODEL_TYPE)) != MODEL_TYPE:
-            raise ValueError(f"config: model_type must be {MODEL_TYPE!r}, got {kind!r}")
+            raise UserError(f"config: model_type must be {MODEL_TYPE!r}, got {kind!r}")
         known = [f.name for f in fields(ChunkLMConfig)]
         for key in d:
             if key not in known:
-                raise ValueError(f"config: unknown key {key!r}; known are {', '.join(known)}")
+                raise UserError(f"config: unknown key {key!r}; known are {', '.join(known)}")
         return ChunkLMConfig(**d)
 
     @staticmethod
     def from_json(path: str | Path) -> ChunkLMConfig:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"config file {path} does not exist")
+        d = read_json(path)
         try:
-            return ChunkLMConfig.from_dict(json.loads(path.read_text()))
-        except ValueError as e:  # json.JSONDecodeError is one
-            raise ValueError(f"{path}: {e}") from None
+            return ChunkLMConfig.from_dict(d)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         wanted = f">= {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
+        raise UserError(f"{name} must be an integer {wanted}, got {value!r}")

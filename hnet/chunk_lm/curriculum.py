@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hnet.errors import UserError
 from hnet.events import Event
 from hnet.plateau import Plateau
 
@@ -35,7 +36,7 @@ class Curriculum:
         self.cutoffs = check_cutoffs(cutoffs, bins) if kind != "none" else [bins]
         self.raise_epochs = raise_epochs or []
         if kind == "epochs" and len(self.raise_epochs) != len(self.cutoffs) - 1:
-            raise ValueError(
+            raise UserError(
                 f"raise_epochs must have one epoch for each of the {len(self.cutoffs) - 1} raises, got {raise_epochs}"
             )
         self.plateau = Plateau(window, threshold)
@@ -105,7 +106,7 @@ class Curriculum:
             ValueError: the state is at a cutoff these settings do not have.
         """
         if state["index"] >= len(self.cutoffs):
-            raise ValueError(f"the checkpoint is at cutoff number {state['index']}, but cutoffs are {self.cutoffs}")
+            raise UserError(f"the checkpoint is at cutoff number {state['index']}, but cutoffs are {self.cutoffs}")
         self.index, self.raised_at, self.before = state["index"], state["raised_at"], state["before"]
         self.plateau.load_state_dict(state["losses"])
 
@@ -119,6 +120,6 @@ def check_cutoffs(cutoffs: list[int], bins: int) -> list[int]:
     wanted = [c or bins for c in cutoffs]
     rising = sorted(set(cutoffs[:-1])) == cutoffs[:-1] and (len(cutoffs) < 2 or cutoffs[-1] in (0, max(cutoffs)))
     if not cutoffs or min(cutoffs) < 0 or 0 in cutoffs[:-1] or not rising:
-        raise ValueError(f"cutoffs must rise and be positive, 0 (all bins) only at the end, got {cutoffs}")
+        raise UserError(f"cutoffs must rise and be positive, 0 (all bins) only at the end, got {cutoffs}")
     kept = [c for c in wanted[:-1] if c < bins and c < max(wanted[-1], 1)]
     return [*kept, min(wanted[-1], bins)]

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hnet.errors import UserError
 from hnet.model.checkpoint_format import load_state, save_pretrained
 
 from . import spectral
@@ -144,7 +145,7 @@ class ChunkLM(nn.Module):
         if cutoff is None:
             return self.cutoff
         if isinstance(cutoff, bool) or not isinstance(cutoff, int) or not 1 <= cutoff <= self.bins:
-            raise ValueError(f"cutoff must be an integer from 1 to {self.bins}, the bins of this model, got {cutoff!r}")
+            raise UserError(f"cutoff must be an integer from 1 to {self.bins}, the bins of this model, got {cutoff!r}")
         return cutoff
 
     def forward(self, input_ids: Tensor, cutoff: int | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hnet.data.corpus import Corpus
 from hnet.data.sources import open_data
 from hnet.device import World
+from hnet.errors import UserError
 from hnet.events import Event
 from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
 
@@ -36,11 +37,11 @@ class ChunkLMTask:
         world: World,
     ) -> None:
         if world.size > 1:
-            raise ValueError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
+            raise UserError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
         train, self.val = open_data(config)
         if not isinstance(train, Corpus):
-            raise ValueError("a ChunkLM reads random windows: data must be files, not an hf: stream")
+            raise UserError("a ChunkLM reads random windows: data must be files, not an hf: stream")
         self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed)
         self.model = ChunkLM(config.model()).to(device)
         self.stages = [list(self.model.parameters())]

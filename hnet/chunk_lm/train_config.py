@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hnet.config.keys import key
 from hnet.config.run import RunConfig
+from hnet.errors import UserError
 
 from .config import ChunkLMConfig
 from .curriculum import Curriculum
@@ -77,7 +78,7 @@ class ChunkLMTrainConfig(RunConfig):
         if self.ckpt and self.out == "runs/chunk_lm":
             self.out = str(Path(self.ckpt).with_suffix(""))
         if self.ckpt and Path(self.ckpt) == Path(self.out):
-            raise ValueError(f"ckpt must be a file beside the run directory, like {self.out}.pt, got {self.ckpt!r}")
+            raise UserError(f"ckpt must be a file beside the run directory, like {self.out}.pt, got {self.ckpt!r}")
         self.steps = self.steps or self.epochs * self.steps_per_epoch
         self.eval_every = self.eval_every or self.steps_per_epoch
         self.checkpoint_every = self.checkpoint_every or self.steps_per_epoch

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hnet.data.corpus import Corpus
+from hnet.errors import UserError
 
 from .model import ChunkLM
 
@@ -51,13 +52,13 @@ class WindowStream:
     def __init__(self, corpus: Corpus, seq_len: int, chunk: int, batch_size: int, seed: int) -> None:
         for name, value in (("seq_len", seq_len), ("chunk", chunk), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.seq_len, self.chunk, self.batch_size, self.seed = seq_len, chunk, batch_size, seed
         self.batches = 0
         self.data, self.begins, lengths, self.unused_bytes = _documents(corpus, seq_len + chunk)
         self.places = (lengths - (seq_len + chunk) + 1).cumsum()
         if not len(self.places):
-            raise ValueError(
+            raise UserError(
                 f"the corpus has {corpus.num_bytes} bytes, fewer than one window of seq_len + chunk = "
                 f"{seq_len + chunk}: add data or lower seq_len"
             )
@@ -92,7 +93,7 @@ def eval_windows(corpus: Corpus, seq_len: int, chunk: int, batch_size: int, max_
     data, begins, lengths, _ = _documents(corpus, seq_len + chunk)
     places = (lengths - (seq_len + chunk) + 1).cumsum()
     if not len(places):
-        raise ValueError(f"held-out text has no document of seq_len + chunk = {seq_len + chunk} bytes: add some")
+        raise UserError(f"held-out text has no document of seq_len + chunk = {seq_len + chunk} bytes: add some")
     count = min(max_windows, int(places[-1]))
     draws = (np.arange(count) * int(places[-1])) // count
     document = np.searchsorted(places, draws, side="right")

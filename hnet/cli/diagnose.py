@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from hnet.errors import UserError
+
 
 class Unreadable(click.ClickException):
     exit_code = 2
@@ -33,7 +35,7 @@ def diagnose(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
 
     try:
         logs = [read_log(r) for r in runs]
-    except (ValueError, OSError) as e:
+    except UserError as e:
         raise Unreadable(str(e)) from None
     found = [find(log) for log in logs]
     if as_json:

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from hnet.chunk_lm import ChunkLM, chunk_lm_loss, eval_windows
+from hnet.config.keys import read_json
 from hnet.data.corpus import Corpus
 from hnet.data.files import DOCUMENTS, read_corpus
 from hnet.data.packing import eval_batches
 from hnet.data.streaming import DocumentStream
 from hnet.device import pick_autocast, pick_device
+from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.train.checkpoint import RUN
 
@@ -72,7 +74,7 @@ def evaluate(
 def trained_with(path: str) -> dict[str, Any]:
     """The configuration of the run that wrote a checkpoint, empty for other models."""
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / RUN
-    return json.loads(file.read_text())["config"] if file.is_file() else {}
+    return read_json(file).get("config", {}) if file.is_file() else {}
 
 
 def read_text(files: tuple[str, ...], limit: int | None, pattern: str, documents: str, text_key: str) -> Corpus:
@@ -84,7 +86,7 @@ def read_text(files: tuple[str, ...], limit: int | None, pattern: str, documents
     if not any(f.startswith("hf:") for f in files):
         return read_corpus(files, pattern, (), documents, text_key)
     if len(files) > 1 or limit is None:
-        raise ValueError(f"an hf: stream must stand alone and needs --bytes, got {', '.join(files)}")
+        raise UserError(f"an hf: stream must stand alone and needs --bytes, got {', '.join(files)}")
     return DocumentStream(files[0], text_key, limit, 0.0, 0).take(limit)
 
 
@@ -107,7 +109,7 @@ def evaluate_hnet(
         boundary_share, the part of the stage's own positions that begin a chunk.
     """
     if seq_len < 2 or batch_bytes < 1:
-        raise ValueError(f"seq_len must be at least 2 and batch_bytes at least 1, got {seq_len} and {batch_bytes}")
+        raise UserError(f"seq_len must be at least 2 and batch_bytes at least 1, got {seq_len} and {batch_bytes}")
     device, routed = model.embeddings.weight.device, model.config.num_stages - 1
     sums = torch.zeros(2 + routed, dtype=torch.float64, device=device)
     for batch in eval_batches(corpus, seq_len, batch_bytes, max_bytes):
@@ -136,7 +138,7 @@ def evaluate_chunk_lm(
     """Mean over about `max_bytes` bytes, predicted by windows spread over `corpus`, at the model's cutoff."""
     c, device = model.config, model.head.weight.device
     if not (1 <= seq_len <= c.seq_len):
-        raise ValueError(f"seq_len must be 1 to {c.seq_len} for this ChunkLM, got {seq_len}")
+        raise UserError(f"seq_len must be 1 to {c.seq_len} for this ChunkLM, got {seq_len}")
     per_window = seq_len if c.causal else c.chunk
     total, windows = 0.0, 0
     batch_size = max(batch_bytes // seq_len, 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 import torch
 
+from hnet.errors import UserError, user_path
+
 from .models import checkpoint_of, load, load_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,14 +24,17 @@ def export(model: str, out: Path, ema: bool, dtype: str) -> None:
 
     `from_pretrained(OUT)` and every command read it. Residual projections of an H-Net stay fp32.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"OUT must be a new or empty folder, got {out}")
+    with user_path(out):
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"OUT must be a new or empty folder, got {out}")
     path = checkpoint_of(model)
     lm = load(path, torch.device("cpu"))
     if ema:
         load_average(lm, path)
     cast = getattr(lm, "cast", lm.to)
     cast(DTYPES[dtype])
+    with user_path(out, "write"):
+        out.mkdir(parents=True, exist_ok=True)
     lm.save_pretrained(out)
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"wrote {out}: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")

@@ -12,7 +12,7 @@ import click
 
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.config.keys import read_toml
-from hnet.errors import RunFailed
+from hnet.errors import UserError
 from hnet.train.config import TrainConfig
 from hnet_kernels import __version__
 
@@ -24,16 +24,15 @@ from .options import ManyValues, config_options, given
 
 
 class OneLineErrors(click.Group):
-    """Mistakes of the user end in one line and exit code 1; everything else is a bug and keeps its traceback."""
+    """Mistakes of users (`UserError`) end in one line and exit code 1; all else is our bug: a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except Exception as e:
-            mistake = isinstance(e, ValueError | TypeError | OSError | RunFailed) and not isinstance(e, BrokenPipeError)
-            if not mistake or ctx.params.get("traceback"):
+        except UserError as e:
+            if ctx.params.get("traceback"):
                 raise
-            raise click.ClickException(str(e)) from None
+            raise click.ClickException(" ".join(str(e).split())) from None
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -139,7 +138,7 @@ def segment(model: str, file: Any, count: int, stage: int) -> None:
     text = file.read(count)
     starts = boundaries(load_hnet(model), text)
     if not 0 <= stage < len(starts):
-        raise ValueError(f"stage must be 0 to {len(starts) - 1} for this model, got {stage}")
+        raise UserError(f"stage must be 0 to {len(starts) - 1} for this model, got {stage}")
     console = Console(highlight=False)
     console.print(
         render_rich(text, starts[stage]) if console.is_terminal else render_plain(text, starts[stage]), markup=False

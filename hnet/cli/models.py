@@ -9,6 +9,7 @@ import torch
 
 from hnet.chunk_lm import ChunkLM
 from hnet.chunk_lm.config import MODEL_TYPE
+from hnet.errors import MissingPath, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import CONFIG, read_weights
 from hnet.train.checkpoint import EMA, latest_checkpoint
@@ -17,7 +18,8 @@ from hnet.train.checkpoint import EMA, latest_checkpoint
 def checkpoint_of(model: str) -> str:
     """The latest checkpoint of a run directory; anything else as it is."""
     root = Path(model) / "checkpoints"
-    return str(latest_checkpoint(root)) if root.is_dir() else model
+    with user_path(model):
+        return str(latest_checkpoint(root)) if root.is_dir() else model
 
 
 def is_chunk_lm(path: str) -> bool:
@@ -55,10 +57,10 @@ def load_average(model: torch.nn.Module, path: str) -> None:
     """
     file = Path(path) / EMA
     if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no {EMA}: --ema needs a checkpoint of a run with weight_ema")
+        raise MissingPath(f"{path} holds no {EMA}: --ema needs a checkpoint of a run with weight_ema")
     average = read_weights(file)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if average.keys() != own.keys() or any(average[n].shape != p.shape for n, p in own.items()):
-        raise ValueError(f"{file} does not hold the parameters of the model beside it")
+        raise UserError(f"{file} does not hold the parameters of the model beside it")
     for name, p in own.items():
         p.copy_(average[name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from hnet.errors import UserError
+
 from .model import AttnConfig, HNetConfig, parse_layout
 
 HEAD_DIM = 64
@@ -34,16 +36,16 @@ def from_shorthand(
     parts = arch.split()
     stages = len(parts)
     if not stages:
-        raise ValueError("arch must name at least one layout, like 'm4 T4', got ''")
+        raise UserError("arch must name at least one layout, like 'm4 T4', got ''")
     for name, values in (
         ("d_model", d_model), ("heads", heads), ("windows", windows), ("d_intermediate", d_intermediate)
     ):  # fmt: skip
         if values and len(values) != stages:
-            raise ValueError(
+            raise UserError(
                 f"{name} must have one value for each of the {stages} stages of arch {arch!r}, got {values}"
             )
     if not d_model:
-        raise ValueError(f"d_model must have one value for each of the {stages} stages of arch {arch!r}, got none")
+        raise UserError(f"d_model must have one value for each of the {stages} stages of arch {arch!r}, got none")
     layout: list = [parts[-1]]
     for part in reversed(parts[:-1]):
         encoder, _, decoder = part.partition("/")
@@ -93,13 +95,13 @@ def targets(compression: list[float], stages_with_routing: int) -> list[float]:
     found = list(compression)
     if len(found) == stages_with_routing + 1 and found[0] == 1:
         if not all(b > 0 for b in found):
-            raise ValueError(f"compression must be above 1 everywhere, got {compression}")
+            raise UserError(f"compression must be above 1 everywhere, got {compression}")
         found = [b / a for a, b in zip(found, found[1:], strict=False)]
     if len(found) != stages_with_routing:
-        raise ValueError(
+        raise UserError(
             f"compression must be one target for each of the {stages_with_routing} stages with routing "
             f"(or 1 and the bytes a unit of every stage), got {compression!r}"
         )
     if not all(c > 1 for c in found):
-        raise ValueError(f"compression must be above 1 everywhere, got {compression}")
+        raise UserError(f"compression must be above 1 everywhere, got {compression}")
     return found

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import field
 from pathlib import Path
 from typing import Any
+
+from hnet.errors import MissingPath, UserError, user_path
 
 try:
     import tomllib
@@ -27,12 +30,12 @@ def check(f: dataclasses.Field, value: Any) -> None:
     """Raises ValueError unless `value` is one that the field may have."""
     choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
     if choices and value not in choices:
-        raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
     if low is not None:
         what = f"at least {low}" if high is None else f"in [{low}, {high}]"
         for v in value if isinstance(value, list) else [value]:
             if not (low <= v and (high is None or v <= high)):
-                raise ValueError(f"{f.name} must be {what}, got {value!r}")
+                raise UserError(f"{f.name} must be {what}, got {value!r}")
 
 
 def fields(cls: Any) -> list[dataclasses.Field]:
@@ -47,19 +50,51 @@ def read_toml(path: str | Path, cls: Any) -> dict[str, Any]:
         ValueError: not TOML, an unknown key, or a value of the wrong type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
-    try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not TOML: {e}") from None
+    values = parse_toml(path)
     return {name: _typed(cls, name, value, str(path)) for name, value in values.items()}
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        FileNotFoundError, OSError: no such file, or it cannot be read.
+        UserError: not TOML.
+    """
+    text = _read(path)
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise UserError(f"{path} is not TOML: {e}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """
+    Raises:
+        FileNotFoundError, OSError: no such file, or it cannot be read.
+        UserError: not JSON.
+    """
+    text = _read(Path(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+
+
+def _read(path: Path) -> str:
+    with user_path(path):
+        if not path.exists():
+            raise MissingPath(f"config file {path} does not exist")
+        data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not text: {e}") from None
 
 
 def _typed(cls: Any, name: str, value: Any, where: str) -> Any:
     known = {f.name: f for f in fields(cls)}
     if name not in known:
-        raise ValueError(f"{where}: unknown key {name!r}; known are {', '.join(known)}")
+        raise UserError(f"{where}: unknown key {name!r}; known are {', '.join(known)}")
     return parse(f"{where}: {name}", value, str(known[name].type))
 
 
@@ -78,5 +113,5 @@ def _scalar(where: str, value: Any, kind: str) -> Any:
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value).__name__ != kind:
-        raise ValueError(f"{where} must be {kind}, got {value!r}")
+        raise UserError(f"{where} must be {kind}, got {value!r}")
     return value

@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hnet.errors import UserError
+
+from .keys import read_json
+
 MIXERS = "mMtTcC"  # Mamba-2, attention, gated convolution; a capital is followed by a SwiGLU
 MAMBA_HEADDIM = 64
 BOS, EOS = 254, 255  # bytes that valid UTF-8 never holds
@@ -117,7 +121,7 @@ class HNetConfig:
             ValueError: an unknown or missing key, a layout that does not parse, lists of the wrong length.
         """
         if not isinstance(d, dict):
-            raise ValueError(f"config must be a JSON object, got {type(d).__name__}")
+            raise UserError(f"config must be a JSON object, got {type(d).__name__}")
         d = dict(d)
         parts = {"ssm_cfg": SSMConfig, "attn_cfg": AttnConfig, "conv_cfg": ConvConfig, "routing_cfg": RoutingConfig}
         for name, cls in parts.items():
@@ -127,13 +131,11 @@ class HNetConfig:
 
     @staticmethod
     def from_json(path: str | Path) -> HNetConfig:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"config file {path} does not exist")
+        d = read_json(path)
         try:
-            return HNetConfig.from_dict(json.loads(path.read_text()))
-        except ValueError as e:  # json.JSONDecodeError is one
-            raise ValueError(f"{path}: {e}") from None
+            return HNetConfig.from_dict(d)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
 
     @staticmethod
     def presets() -> list[str]:
@@ -143,34 +145,34 @@ class HNetConfig:
     def preset(name: str) -> HNetConfig:
         """One of the published models (hnet_1stage_L, ...) or of our small ones (tiny, small, laptop, ...)."""
         if name not in HNetConfig.presets():
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(HNetConfig.presets())}")
+            raise UserError(f"unknown preset {name!r}; there are {', '.join(HNetConfig.presets())}")
         return HNetConfig.from_json(PRESET_DIR / f"{name}.json")
 
 
 def parse_layout(layout: str) -> list[tuple[str, int]]:
     """ "T1m4" -> [("T", 1), ("m", 4)]"""
     if not isinstance(layout, str) or not re.fullmatch(rf"([{MIXERS}]\d+)+", layout):
-        raise ValueError(f"arch_layout: {layout!r} must be letters of {MIXERS} each followed by a count, like 'T1m4'")
+        raise UserError(f"arch_layout: {layout!r} must be letters of {MIXERS} each followed by a count, like 'T1m4'")
     return [(letter, int(n)) for letter, n in re.findall(rf"([{MIXERS}])(\d+)", layout)]
 
 
 def _build(cls, d: Any, where: str):
     if not isinstance(d, dict):
-        raise ValueError(f"{where} must be an object, got {type(d).__name__}")
+        raise UserError(f"{where} must be an object, got {type(d).__name__}")
     known = cls.__dataclass_fields__
     for key in d:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
+            raise UserError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
     try:
         return cls(**d)
     except TypeError as e:
         missing = re.findall(r"'(\w+)'", str(e))
-        raise ValueError(f"{where}: missing {', '.join(missing)}") from None
+        raise UserError(f"{where}: missing {', '.join(missing)}") from None
 
 
 def _depth(layout: Any) -> int:
     if not isinstance(layout, list) or len(layout) not in (1, 3):
-        raise ValueError(f"arch_layout must nest as [encoder, [inner], decoder] or [main], got {layout!r}")
+        raise UserError(f"arch_layout must nest as [encoder, [inner], decoder] or [main], got {layout!r}")
     if len(layout) == 1:
         parse_layout(layout[0])
         return 1
@@ -181,10 +183,10 @@ def _depth(layout: Any) -> int:
 
 def _check_list(name: str, value: Any, stages: int, low: int) -> None:
     if not isinstance(value, list) or len(value) != stages:
-        raise ValueError(f"{name} must list one value for each of the {stages} stages of arch_layout, got {value!r}")
+        raise UserError(f"{name} must list one value for each of the {stages} stages of arch_layout, got {value!r}")
     for v in value:
         if not isinstance(v, int) or v < low:
-            raise ValueError(f"{name} must hold integers >= {low}, got {v!r}")
+            raise UserError(f"{name} must hold integers >= {low}, got {v!r}")
 
 
 def _check(c: HNetConfig) -> None:
@@ -192,19 +194,19 @@ def _check(c: HNetConfig) -> None:
     _check_list("d_model", c.d_model, stages, 1)
     _check_list("d_intermediate", c.d_intermediate, stages, 0)
     if not isinstance(c.vocab_size, int) or c.vocab_size < 1:
-        raise ValueError(f"vocab_size must be an integer >= 1, got {c.vocab_size!r}")
+        raise UserError(f"vocab_size must be an integer >= 1, got {c.vocab_size!r}")
     for a, b in zip(c.d_model, c.d_model[1:], strict=False):
         if b < a:
-            raise ValueError(f"d_model must not decrease inwards, got {c.d_model}")
+            raise UserError(f"d_model must not decrease inwards, got {c.d_model}")
     r = c.routing_cfg
     if r.boundaries not in BOUNDARIES:
-        raise ValueError(f"routing_cfg.boundaries must be one of {', '.join(BOUNDARIES)}, got {r.boundaries!r}")
+        raise UserError(f"routing_cfg.boundaries must be one of {', '.join(BOUNDARIES)}, got {r.boundaries!r}")
     if r.logit_bias is not None and (
         not isinstance(r.logit_bias, list)
         or len(r.logit_bias) != stages - 1
         or not all(isinstance(b, int | float) for b in r.logit_bias)
     ):
-        raise ValueError(
+        raise UserError(
             f"routing_cfg.logit_bias must list one number for each of the {stages - 1} stages with routing, "
             f"got {r.logit_bias!r}"
         )
@@ -219,14 +221,14 @@ def _check(c: HNetConfig) -> None:
         if "t" in m.lower():
             heads, rotary = c.attn_cfg.num_heads[s], c.attn_cfg.rotary_emb_dim[s]
             if d % heads:
-                raise ValueError(f"attn_cfg.num_heads: {heads} heads do not divide d_model {d} of stage {s}")
+                raise UserError(f"attn_cfg.num_heads: {heads} heads do not divide d_model {d} of stage {s}")
             if rotary % 2 or rotary > d // heads:
-                raise ValueError(
+                raise UserError(
                     f"attn_cfg.rotary_emb_dim must be even and at most {d // heads} in stage {s}, got {rotary}"
                 )
         if "m" in m.lower() and (d * c.ssm(s)["expand"]) % MAMBA_HEADDIM:
-            raise ValueError(
+            raise UserError(
                 f"d_model {d} x expand {c.ssm(s)['expand']} of stage {s} must be a multiple of {MAMBA_HEADDIM}"
             )
         if any(x.isupper() for x in m) and c.d_intermediate[s] == 0:
-            raise ValueError(f"d_intermediate of stage {s} is 0 but its layout has SwiGLU blocks ({m})")
+            raise UserError(f"d_intermediate of stage {s} is 0 but its layout has SwiGLU blocks ({m})")

@@ -9,6 +9,8 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass
 
+from hnet.errors import UserError
+
 from .keys import check, fields, key
 
 
@@ -136,7 +138,7 @@ class RunConfig:
 
     def need(self, ok: bool, name: str, what: str) -> None:
         if not ok:
-            raise ValueError(f"{name} must be {what}, got {getattr(self, name)!r}")
+            raise UserError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     def validate(self) -> RunConfig:
         """Returns self.
@@ -153,7 +155,7 @@ class RunConfig:
         check_restarts(self.restart_at, self.restart_min)
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:
-                raise ValueError(f"{name} needs its package: pip install {name}")
+                raise UserError(f"{name} needs its package: pip install {name}")
         restarts = self.schedule == "restarts"
         self.need(restarts or not self.restart_on_plateau, "restart_on_plateau", "off unless schedule is restarts")
         return self
@@ -167,6 +169,6 @@ class RunConfig:
 def check_restarts(at: list[float], low: list[float]) -> None:
     """Raises ValueError unless stages begin at 0, rise below 1, and each has an end value in [0, 1]."""
     if not at or at[0] != 0 or any(b <= a for a, b in zip(at, at[1:], strict=False)) or at[-1] >= 1:
-        raise ValueError(f"restart_at must begin with 0 and rise, below 1, got {at}")
+        raise UserError(f"restart_at must begin with 0 and rise, below 1, got {at}")
     if len(low) != len(at) or not all(0 <= v <= 1 for v in low):
-        raise ValueError(f"restart_min must have a value in [0, 1] for each of the {len(at)} stages, got {low}")
+        raise UserError(f"restart_min must have a value in [0, 1] for each of the {len(at)} stages, got {low}")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from hnet.errors import UserError
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -73,7 +75,7 @@ class Corpus:
             ValueError: it has fewer than `least` bytes.
         """
         if self.num_bytes < least:
-            raise ValueError(
+            raise UserError(
                 f"the corpus has {self.num_bytes} bytes, fewer than one batch of {least}: add data or lower batch_bytes"
             )
         epoch = cursor["epoch"] if cursor else 0
@@ -92,7 +94,7 @@ def hold_out(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus
         ValueError: fraction outside (0, 1), or too little text to hold anything out.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"val_fraction must be in (0, 1), got {fraction}")
+        raise UserError(f"val_fraction must be in (0, 1), got {fraction}")
     sizes, order = corpus.sizes, np.random.default_rng(seed).permutation(len(corpus))
     total = int(sizes.sum())
     target = fraction * total
@@ -127,7 +129,7 @@ def _hold_out_blocks(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus
     ends = np.concatenate([e + b for e, b in zip(cuts, corpus.begin, strict=True)])
     begin = np.concatenate([np.concatenate([[0], e[:-1]]) + b for e, b in zip(cuts, corpus.begin, strict=True)])
     if len(ends) < 2:
-        raise ValueError(
+        raise UserError(
             f"cannot hold anything out of {len(corpus)} document of {corpus.num_bytes} bytes: "
             "name held-out files with val_data, or add text"
         )

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from hnet.errors import MissingPath, UserError, user_path
+
 from .corpus import Corpus
 
 DOCUMENTS = ("file", "paragraph", "line")
@@ -29,21 +31,25 @@ def find_files(paths: Iterable[str | Path], pattern: str = "*", exclude: Iterabl
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder holds nothing that matches.
+        ValueError: no pattern, or one that begins at the root.
     """
     exclude, seen = list(exclude), set()
+    if not pattern or Path(pattern).is_absolute():
+        raise UserError(f"pattern must be a glob of names below the folders, like '*.py', got {pattern!r}")
 
     def wanted(below: Path) -> bool:
         return not below.name.startswith(".") and not any(fnmatch(part, e) for part in below.parts for e in exclude)
 
     for path in map(Path, paths):
-        if path.is_file():
-            found = [path]
-        elif path.is_dir():
-            found = sorted(p for p in path.rglob(pattern) if p.is_file() and wanted(p.relative_to(path)))
-            if not found:
-                raise FileNotFoundError(f"no file below {path} matches {pattern!r}")
-        else:
-            raise FileNotFoundError(f"data path {path} does not exist")
+        with user_path(path):
+            if path.is_file():
+                found = [path]
+            elif path.is_dir():
+                found = sorted(p for p in path.rglob(pattern) if p.is_file() and wanted(p.relative_to(path)))
+                if not found:
+                    raise MissingPath(f"no file below {path} matches {pattern!r}")
+            else:
+                raise MissingPath(f"data path {path} does not exist")
         for p in found:
             if p.resolve() not in seen:
                 seen.add(p.resolve())
@@ -65,7 +71,7 @@ def read_corpus(
     """
     paths = list(paths)
     if not paths:
-        raise ValueError("data must name at least one file or folder")
+        raise UserError("data must name at least one file or folder")
     return read_files(list(find_files(paths, pattern, exclude)), documents, text_key)
 
 
@@ -81,7 +87,7 @@ def read_files(files: list[Path], documents: str = "file", text_key: str = "text
             library to read one is missing.
     """
     if documents not in DOCUMENTS:
-        raise ValueError(f"documents must be one of {', '.join(DOCUMENTS)}, got {documents!r}")
+        raise UserError(f"documents must be one of {', '.join(DOCUMENTS)}, got {documents!r}")
     if len(files) == 1 and _format(files[0]) == ("", "") and files[0].stat().st_size:
         data = _load(files[0])
         return Corpus.cut(data, _ends(data, documents))
@@ -99,7 +105,7 @@ def read_files(files: list[Path], documents: str = "file", text_key: str = "text
                 ends.append(len(buffer))
     corpus = Corpus.cut(np.frombuffer(buffer, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
     if not len(corpus):
-        raise ValueError(f"the corpus is empty: no bytes in {', '.join(map(str, files))}")
+        raise UserError(f"the corpus is empty: no bytes in {', '.join(map(str, files))}")
     return corpus
 
 
@@ -114,9 +120,10 @@ def _format(path: Path) -> tuple[str, str]:
 def _load(path: Path) -> np.ndarray:
     # Mapping shares the pages between ranks and workers; but a mapped file that is cut short kills the process, so
     # what is small anyway is read.
-    if path.stat().st_size >= _MAP_FROM:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    return np.fromfile(path, dtype=np.uint8)
+    with user_path(path):
+        if path.stat().st_size >= _MAP_FROM:
+            return np.memmap(path, dtype=np.uint8, mode="r")
+        return np.fromfile(path, dtype=np.uint8)
 
 
 def _ends(data: np.ndarray, documents: str) -> np.ndarray:
@@ -140,30 +147,32 @@ def _chunks(path: Path) -> Iterator[bytes]:
     if packed == ".zst":
         yield from _zstd(path)
     elif packed == ".gz":
-        try:
-            with gzip.open(path, "rb") as f:
-                yield from iter(lambda: f.read(_CHUNK), b"")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise ValueError(f"{path} is not a whole gzip file: {e}") from None
+        with user_path(path):
+            try:
+                with gzip.open(path, "rb") as f:
+                    yield from iter(lambda: f.read(_CHUNK), b"")
+            except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+                raise UserError(f"{path} is not a whole gzip file: {e}") from None
     else:
-        with path.open("rb") as f:
+        with user_path(path), path.open("rb") as f:
             yield from iter(lambda: f.read(_CHUNK), b"")
 
 
 def _zstd(path: Path) -> Iterator[bytes]:
     zstandard = need("zstandard", f"reading {path}", "data")
     frame, rest = None, b""
-    with path.open("rb") as f:  # frame by frame: the library's own reader takes a truncated file for a whole one
+    # Frame by frame: the library's own reader takes a truncated file for a whole one.
+    with user_path(path), path.open("rb") as f:
         while chunk := rest or f.read(_CHUNK):
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 yield frame.decompress(chunk)
             except zstandard.ZstdError as e:
-                raise ValueError(f"{path} is not a whole zstd file: {e}") from None
+                raise UserError(f"{path} is not a whole zstd file: {e}") from None
             rest = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise ValueError(f"{path} is not a whole zstd file: it ends inside a frame")
+        raise UserError(f"{path} is not a whole zstd file: it ends inside a frame")
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -182,9 +191,9 @@ def _jsonl(path: Path, text_key: str) -> Iterator[bytes]:
         try:
             row = json.loads(line)
         except ValueError as e:
-            raise ValueError(f"{where} is not JSON: {e}") from None
+            raise UserError(f"{where} is not JSON: {e}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where} must be a JSON object with the key {text_key!r}, got {type(row).__name__}")
+            raise UserError(f"{where} must be a JSON object with the key {text_key!r}, got {type(row).__name__}")
         yield document_of(row, text_key, where)
 
 
@@ -195,14 +204,14 @@ def _parquet(path: Path, text_key: str) -> Iterator[bytes]:
 
     source = io.BytesIO(b"".join(_chunks(path))) if _format(path)[1] else path
     try:
-        with pyarrow.parquet.ParquetFile(source) as file:
+        with user_path(path), pyarrow.parquet.ParquetFile(source) as file:
             if text_key not in file.schema_arrow.names:
-                raise ValueError(_no_key(str(path), text_key, file.schema_arrow.names))
+                raise UserError(_no_key(str(path), text_key, file.schema_arrow.names))
             for batch in file.iter_batches(columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     yield document_of({text_key: text}, text_key, str(path))
     except pyarrow.ArrowException as e:
-        raise ValueError(f"{path} is not a Parquet file that can be read: {e}") from None
+        raise UserError(f"{path} is not a Parquet file that can be read: {e}") from None
 
 
 def document_of(row: dict[str, Any], text_key: str, where: str) -> bytes:
@@ -212,14 +221,14 @@ def document_of(row: dict[str, Any], text_key: str, where: str) -> bytes:
         ValueError: it has no `text_key`, or something else than text under it.
     """
     if text_key not in row:
-        raise ValueError(_no_key(where, text_key, row))
+        raise UserError(_no_key(where, text_key, row))
     text = row[text_key]
     if text is None:
         return b""
     if isinstance(text, bytes):
         return text
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_key!r} must be text, got {type(text).__name__}")
+        raise UserError(f"{where}: {text_key!r} must be text, got {type(text).__name__}")
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -236,4 +245,4 @@ def need(module: str, what: str, extra: str) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        raise ValueError(f"{what} needs {module}: pip install 'hnet-kernels[{extra}]'") from None
+        raise UserError(f"{what} needs {module}: pip install 'hnet-kernels[{extra}]'") from None

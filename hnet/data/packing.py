@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hnet.config import BOS, EOS
 from hnet.data.corpus import Corpus
+from hnet.errors import UserError
 
 
 @dataclass
@@ -165,7 +166,7 @@ class PackStream:
         self, source: Source, seq_len: int, batch_bytes: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         if seq_len < 2 or batch_bytes < 1:
-            raise ValueError(f"seq_len must be at least 2 and batch_bytes at least 1, got {seq_len} and {batch_bytes}")
+            raise UserError(f"seq_len must be at least 2 and batch_bytes at least 1, got {seq_len} and {batch_bytes}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         self.source, self.seq_len, self.batch_bytes, self.seed = source, seq_len, batch_bytes, seed
@@ -241,7 +242,7 @@ class PackStream:
         have = self._made_with()
         for name, value in state["made_with"].items():
             if have.get(name) != value:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint's place in the data does not fit: {name} was {value!r} and is {have.get(name)!r}"
                 )
         self._seek(state["window"], state["position"], state["cursor"])

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from hnet.errors import UserError
+
 from .corpus import Corpus, hold_out
 from .files import find_files, read_files
 from .splits import by_role
@@ -41,7 +43,7 @@ def open_data(config: DataConfig, say: Callable[[str], None] = print) -> tuple[C
     """
     c = config
     if not c.data:
-        raise ValueError("data must name at least one file or folder")
+        raise UserError("data must name at least one file or folder")
     fraction = 0.0 if c.val_data else c.val_fraction
     stream = _stream(c.data, "data", c, fraction)
     if stream is not None:
@@ -86,7 +88,7 @@ def _stream(entries: list[str], name: str, c: DataConfig, fraction: float) -> Do
     if not any(e.startswith("hf:") for e in entries):
         return None
     if len(entries) > 1:
-        raise ValueError(f"{name} must name files and folders, or one hf: stream alone, got {', '.join(entries)}")
+        raise UserError(f"{name} must name files and folders, or one hf: stream alone, got {', '.join(entries)}")
     return DocumentStream(entries[0], c.text_key, c.shuffle_bytes, fraction, c.seed)
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from hnet.errors import UserError
+
 ROLES = {"train": "train", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 # train-00001.parquet, valid.txt, dev2.jsonl ...; val and dev begin too many other words (value, device) to be followed
 # by letters. Or after something: telugu_mtg_dev.te, wiki.train.tokens.
@@ -39,7 +41,7 @@ def by_role(files: list[Path], named: Iterable[Path] = ()) -> dict[str, list[Pat
     present = set().union(*groups.values())
     everywhere = all(roles.values()) and len(present) > 1
     if everywhere and "train" not in present:
-        raise ValueError(
+        raise UserError(
             f"no training file: {', '.join(p.name for p in files[:5])} are named as held-out or test files; "
             "add a train file, or name held-out files with val_data"
         )

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs
 
+from hnet.errors import UserError
+
 from .corpus import Corpus
 from .files import document_of, need
 
@@ -35,9 +37,9 @@ class DocumentStream:
     def __init__(self, entry: str, text_key: str, window_bytes: int, held_fraction: float, seed: int) -> None:
         self.entry, self.path, options = entry, *parse_entry(entry)
         if window_bytes < 1:
-            raise ValueError(f"shuffle_bytes must be at least 1, got {window_bytes}")
+            raise UserError(f"shuffle_bytes must be at least 1, got {window_bytes}")
         if not 0 <= held_fraction < 1:
-            raise ValueError(f"val_fraction must be in (0, 1), got {held_fraction}")
+            raise UserError(f"val_fraction must be in (0, 1), got {held_fraction}")
         self.text_key = options.pop("text", text_key)
         self.options = {"split": "train", **options}
         self.window_bytes, self.held_fraction, self.seed = window_bytes, held_fraction, seed
@@ -65,7 +67,7 @@ class DocumentStream:
                     yield cursor, Corpus.of(documents)
                     cursor, total, documents, size = after, total + size, [], 0
             if whole and total + size < least:
-                raise ValueError(
+                raise UserError(
                     f"{self.entry} has {total + size} bytes to train on, fewer than one batch of {least}: "
                     "add data or lower batch_bytes"
                 )
@@ -87,7 +89,7 @@ class DocumentStream:
                 break
         if not documents:
             what = "held out (raise val_fraction, or name val_data)" if held_out else "in it"
-            raise ValueError(f"{self.entry}: no document {what}")
+            raise UserError(f"{self.entry}: no document {what}")
         return Corpus.of(documents)
 
     def _open(self, state: dict[str, Any] | None) -> Any:
@@ -119,12 +121,12 @@ def parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
     """
     path, _, query = entry.removeprefix("hf:").partition("?")
     if not path:
-        raise ValueError(f"data entry {entry!r} must be hf:<repository or builder>?key=value&...")
+        raise UserError(f"data entry {entry!r} must be hf:<repository or builder>?key=value&...")
     options: dict[str, Any] = {}
     for key, values in parse_qs(query, keep_blank_values=True).items():
         if key not in _KEYS:
-            raise ValueError(f"data entry {entry!r}: unknown key {key!r}; known are {', '.join(_KEYS)}")
+            raise UserError(f"data entry {entry!r}: unknown key {key!r}; known are {', '.join(_KEYS)}")
         if not all(values) or (key != "data_files" and len(values) > 1):
-            raise ValueError(f"data entry {entry!r}: {key} must have one value, got {values}")
+            raise UserError(f"data entry {entry!r}: {key} must have one value, got {values}")
         options[key] = values if key == "data_files" else values[0]
     return path, options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hnet.config import HNetConfig, parse_layout
+from hnet.errors import UserError
 
 from .findings import Finding
 from .runs import Log
@@ -226,7 +227,7 @@ def model_of(log: Log) -> HNetConfig | None:
         if log.setting("arch") or log.setting("d_model"):
             return None
         return HNetConfig.preset(str(log.setting("preset")))
-    except (ValueError, OSError):
+    except UserError:
         return None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hnet.data.files import find_files
+from hnet.errors import UserError
 
 from .architecture import model_of, parameters
 from .findings import Finding
@@ -27,8 +28,8 @@ def _files(log: Log, key: str) -> list[Path]:
     if not isinstance(given, list) or not all(isinstance(g, str) for g in given):
         return []
     try:
-        return list(find_files(given, log.setting("pattern", default="*"), log.setting("exclude", default=[])))
-    except (OSError, TypeError):
+        return list(find_files(given, str(log.setting("pattern", default="*")), log.setting("exclude", default=[])))
+    except (UserError, TypeError):  # another trainer's exclude may be anything
         return []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from hnet.errors import user_path
 from hnet.plots.run import plot_rows
 
 from . import architecture, configuration, data, schedule, training
@@ -76,7 +77,8 @@ def _where(f: Finding) -> str:
 
 def write_report(out: Path, log: Log, findings: list[Finding]) -> list[Path]:
     """report.md and the plots below `out`; returns the files written."""
-    out.mkdir(parents=True, exist_ok=True)
+    with user_path(out, "write"):
+        out.mkdir(parents=True, exist_ok=True)
     plots = plot_rows(log.rows, out)
     lines = [f"# {headline(log, findings)}", ""]
     for f in findings:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hnet.config.keys import tomllib
+from hnet.config.keys import parse_toml
+from hnet.errors import MissingPath, UserError, user_path
 from hnet.train.config import TrainConfig
 
 from .names import canonical
@@ -120,14 +121,15 @@ def read_log(path: str | Path) -> Log:
     if path.is_dir():
         return _read_directory(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingPath(f"{path} does not exist")
     if path.suffix == ".toml":
         return Log(path, "config", [], read_config(path))
     if "tfevents" in path.name:
-        raise ValueError(f"{path} is a TensorBoard event file; export its scalars to CSV and give that")
-    data = path.read_bytes()
+        raise UserError(f"{path} is a TensorBoard event file; export its scalars to CSV and give that")
+    with user_path(path):
+        data = path.read_bytes()
     if b"\0" in data[:4096]:
-        raise ValueError(f"{path} is not text")
+        raise UserError(f"{path} is not text")
     text = data.decode("utf-8", "replace")
     config = path.parent / "config.toml"
     settings = read_config(config) if path.name == "metrics.jsonl" and config.is_file() else {}
@@ -135,7 +137,7 @@ def read_log(path: str | Path) -> Log:
         rows = parse(text, path)
         if any(_LOSSES & r.keys() for r in rows):
             return Log(path, kind, rows, settings)
-    raise ValueError(
+    raise UserError(
         f"{path}: no training log recognised (looked for JSON lines, CSV, and lines with a step and a loss)"
     )
 
@@ -147,9 +149,10 @@ def _read_directory(path: Path) -> Log:
         return Log(path, "run", log.rows, log.config)
     if config.is_file():
         return Log(path, "config", [], read_config(config))
-    found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _LOG_ENDINGS)
+    with user_path(path):
+        found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _LOG_ENDINGS)
     if not found:
-        raise FileNotFoundError(f"{path} holds no metrics.jsonl, config.toml or log file")
+        raise MissingPath(f"{path} holds no metrics.jsonl, config.toml or log file")
     if all(p.suffix == ".csv" for p in found):  # TensorBoard exports one file for each quantity
         rows: dict[float, Row] = {}
         for p in found:
@@ -157,7 +160,7 @@ def _read_directory(path: Path) -> Log:
                 rows.setdefault(row["step"], {}).update(row)
         return Log(path, "csv", [rows[s] for s in sorted(rows)])
     if len(found) > 1:
-        raise ValueError(f"{path} holds several logs ({', '.join(p.name for p in found[:6])}); name one of them")
+        raise UserError(f"{path} holds several logs ({', '.join(p.name for p in found[:6])}); name one of them")
     return read_log(found[0])
 
 
@@ -167,10 +170,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is not TOML.
     """
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not TOML: {e}") from None
+    values = parse_toml(path)
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(value if isinstance(value, dict) else {key: value})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hnet.chunk_lm.model import ChunkLM
+from hnet.errors import UserError
 from hnet.generate.sampling import SamplingConfig, sample
 
 
@@ -48,9 +49,9 @@ def generate(
     """
     text = prompt.encode() if isinstance(prompt, str) else bytes(prompt)
     if not text:
-        raise ValueError("prompt must hold at least one byte")
+        raise UserError("prompt must hold at least one byte")
     if max_new_bytes < 0:
-        raise ValueError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
+        raise UserError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
     config = SamplingConfig(temperature, top_p, repetition_penalty, repetition_window)
     generator = None if seed is None else torch.Generator(model.head.weight.device).manual_seed(seed)
     return _generate(model, text, max_new_bytes, config, generator, stateful)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hnet.config import BOS, EOS
+from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
 
 from .sampling import SamplingConfig, sample
@@ -42,9 +43,9 @@ def stream(
         ValueError: no prompts, max_new_bytes < 0, a sampling option out of range.
     """
     if not prompts:
-        raise ValueError("prompts must not be empty")
+        raise UserError("prompts must not be empty")
     if max_new_bytes < 0:
-        raise ValueError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
+        raise UserError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
     config = SamplingConfig(**sampling)
     if max_new_bytes == 0:
         return

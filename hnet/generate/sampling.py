@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hnet.errors import UserError
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -20,13 +22,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+            raise UserError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.repetition_penalty < 1:
-            raise ValueError(f"repetition_penalty must be >= 1, got {self.repetition_penalty}")
+            raise UserError(f"repetition_penalty must be >= 1, got {self.repetition_penalty}")
         if self.repetition_window < 0:
-            raise ValueError(f"repetition_window must be >= 0, got {self.repetition_window}")
+            raise UserError(f"repetition_window must be >= 0, got {self.repetition_window}")
 
 
 def sample(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hnet.config import HNetConfig
+from hnet.errors import MissingPath, UserError, user_path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -38,6 +39,8 @@ def save_pretrained(model: Any, directory: str | Path, state: dict[str, Tensor] 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pt file, by name."""
+    with user_path(path), path.open("rb"):  # what readers say of a file that cannot be opened is worth little
+        pass
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -45,16 +48,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(str(path))
         except SafetensorError as e:
-            raise ValueError(f"{path} is not a whole safetensors file: {e}") from None
+            raise UserError(f"{path} is not a whole safetensors file: {e}") from None
     try:
         state = _unpickle(path)
     except Exception as e:  # the unpickler and the zip reader raise many kinds
-        raise ValueError(f"{path} is not a whole PyTorch weights file: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a whole PyTorch weights file: {str(e).splitlines()[0]}") from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} does not hold a dictionary of tensors")
+        raise UserError(f"{path} does not hold a dictionary of tensors")
     return {str(k).removeprefix("module."): v.detach() for k, v in state.items()}
 
 
@@ -67,13 +70,13 @@ def load_state(model: Any, state: dict[str, Tensor], where: str) -> None:
             state.setdefault("lm_head.weight", state["embeddings.weight"])
     missing = [k for k in own if k not in state]
     if missing:
-        raise ValueError(f"{where} lacks {_some(missing)}, which this config needs")
+        raise UserError(f"{where} lacks {_some(missing)}, which this config needs")
     unknown = [k for k in state if k not in own]
     if unknown:
-        raise ValueError(f"{where} has {_some(unknown)}, which this config does not")
+        raise UserError(f"{where} has {_some(unknown)}, which this config does not")
     for k, v in own.items():
         if state[k].shape != v.shape:
-            raise ValueError(f"{where}: {k} must have shape {tuple(v.shape)}, got {tuple(state[k].shape)}")
+            raise UserError(f"{where}: {k} must have shape {tuple(v.shape)}, got {tuple(state[k].shape)}")
     model.load_state_dict(state)
 
 
@@ -84,18 +87,18 @@ def _some(names: list[str]) -> str:
 def find_weights(path_or_repo: str | Path) -> Path:
     """The file with the weights: itself, the one in a directory, or that of a repository, which is fetched."""
     path = Path(path_or_repo)
-    if not path.exists():
-        if re.fullmatch(r"\w[\w.-]*/\w[\w-]*", str(path_or_repo)):
+    with user_path(path):
+        if not path.exists():
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w-]*", str(path_or_repo)):
+                raise MissingPath(f"{path} does not exist")
             path = _download(str(path_or_repo))
-        else:
-            raise FileNotFoundError(f"{path} does not exist")
-    if path.is_file():
-        return path
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
-    pickles = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
+        if path.is_file():
+            return path
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
+        pickles = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
     if len(pickles) != 1:
-        raise FileNotFoundError(f"{path} must hold {WEIGHTS} or exactly one .pt file, found {len(pickles)}")
+        raise MissingPath(f"{path} must hold {WEIGHTS} or exactly one .pt file, found {len(pickles)}")
     return pickles[0]
 
 
@@ -106,19 +109,20 @@ def find_config(weights: Path) -> HNetConfig:
             return HNetConfig.from_json(candidate)
     if weights.stem in HNetConfig.presets():
         return HNetConfig.preset(weights.stem)
-    raise FileNotFoundError(
-        f"no architecture for {weights}: pass config=, or put {CONFIG} or {weights.stem}.json beside it"
-    )
+    raise MissingPath(f"no architecture for {weights}: pass config=, or put {CONFIG} or {weights.stem}.json beside it")
 
 
 def _download(repo: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FileNotFoundError(
+        raise MissingPath(
             f"{repo} does not exist here; fetching it as a repository needs `pip install huggingface_hub`"
         ) from None
-    return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+    except Exception as e:  # no network, no such repository, no access: the client raises many kinds
+        raise MissingPath(f"{repo} does not exist here, nor could it be fetched: {type(e).__name__}: {e}") from e
 
 
 class _Inert:

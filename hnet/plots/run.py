@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hnet.errors import MissingPath, UserError, user_path
 from hnet.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def plot_run(run_dir: str | Path, out_dir: str | Path | None = None) -> list[Pat
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run directory: it holds no metrics.jsonl")
+        raise MissingPath(f"{run_dir} is not a run directory: it holds no metrics.jsonl")
     written = plot_rows(read_metrics(path), Path(out_dir) if out_dir is not None else path.parent / "plots")
     if not written:
-        raise ValueError(f"{path} holds nothing to plot: no line with a step and a loss")
+        raise UserError(f"{path} holds nothing to plot: no line with a step and a loss")
     return written
 
 
@@ -83,9 +84,10 @@ def plot_rows(rows: list[Row], out_dir: Path) -> list[Path]:
                 if ax.get_legend_handles_labels()[0]:
                     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
             axes[-1].set_xlabel("step")
-            out_dir.mkdir(parents=True, exist_ok=True)
             written.append(out_dir / name)
-            figure.savefig(written[-1])
+            with user_path(written[-1], "write"):
+                out_dir.mkdir(parents=True, exist_ok=True)
+                figure.savefig(written[-1])
     return written
 
 

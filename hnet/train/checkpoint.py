@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from hnet.errors import MissingPath, UserError
 from hnet.model.checkpoint_format import WEIGHTS, read_weights
 
 TRAINER, EMA, MANIFEST, RUN = "trainer.pt", "ema.safetensors", "manifest.json", "run.json"
@@ -103,7 +104,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 def latest_checkpoint(root: Path) -> Path:
     found = list_checkpoints(root)
     if not found:
-        raise FileNotFoundError(f"nothing to resume: no checkpoint in {root}")
+        raise MissingPath(f"nothing to resume: no checkpoint in {root}")
     return found[-1]
 
 
@@ -112,7 +113,7 @@ def verify(path: Path) -> None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path / MANIFEST} cannot be read ({e}).{_previous(path)}") from None
+        raise UserError(f"{path / MANIFEST} cannot be read ({e}).{_previous(path)}") from None
     for name, wanted in manifest.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -124,7 +125,7 @@ def verify(path: Path) -> None:
             problem = "is damaged: its bytes are not those that were saved"
         else:
             continue
-        raise ValueError(f"{file} {problem}.{_previous(path)}")
+        raise UserError(f"{file} {problem}.{_previous(path)}")
 
 
 def load_trainer(path: Path) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def load_trainer(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
     except Exception as e:  # the zip reader and the unpickler raise many kinds
-        raise ValueError(f"{path / TRAINER} is damaged: {str(e).splitlines()[0]}.{_previous(path)}") from None
+        raise UserError(f"{path / TRAINER} is damaged: {str(e).splitlines()[0]}.{_previous(path)}") from None
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

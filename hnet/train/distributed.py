@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hnet.config.run import RunConfig
 from hnet.device import World
+from hnet.errors import UserError
 from hnet.model.checkpoint_format import save_pretrained
 from hnet.model.isotropic import Block
 
@@ -88,9 +89,9 @@ def shard(model: nn.Module, config: RunConfig, world: World) -> None:
     if config.parallel != "fsdp" or world.size == 1:
         return
     if config.optimizer == "muon":
-        raise ValueError("optimizer 'muon' works on whole matrices: use it with parallel 'ddp', or adamw with 'fsdp'")
+        raise UserError("optimizer 'muon' works on whole matrices: use it with parallel 'ddp', or adamw with 'fsdp'")
     if config.async_checkpoints:
-        raise ValueError("async_checkpoints must be off with parallel 'fsdp': every process takes part in a save")
+        raise UserError("async_checkpoints must be off with parallel 'fsdp': every process takes part in a save")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -109,7 +110,7 @@ def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
     if world.size == 1 or sharded(model):
         return model
     if config.parallel == "fsdp":
-        raise ValueError("parallel 'fsdp' cannot shard this model: use 'ddp'")
+        raise UserError("parallel 'fsdp' cannot shard this model: use 'ddp'")
     # DDP packs gradients anew after the first step, which from three processes on changes the order of sums: a resumed
     # run would differ in the last bit. Looking for unused parameters keeps it from that. Buffers are equal anyway.
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from hnet.config.run import RunConfig
+from hnet.errors import user_path
 from hnet.events import Event
 
 from .console import TrainConsole
@@ -27,8 +28,9 @@ class Journal:
     def __enter__(self) -> Journal:
         c = self.config
         if self.main:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            (self.out / "config.toml").write_text(c.to_toml())
+            with user_path(self.out, "write"):
+                (self.out / "samples").mkdir(parents=True, exist_ok=True)
+                (self.out / "config.toml").write_text(c.to_toml())
             path = self.out / "metrics.jsonl"
             truncate_metrics(path, self.done)
             self.metrics = MetricsFile(path, tensorboard=c.tensorboard, wandb=c.wandb, config=dataclasses.asdict(c))

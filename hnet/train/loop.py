@@ -19,7 +19,7 @@ from torch import Tensor
 import hnet_kernels as hk
 from hnet.config.run import RunConfig
 from hnet.device import out_of_memory, pick_autocast, pick_device
-from hnet.errors import RunFailed
+from hnet.errors import PathError, PathTaken, RunFailed
 from hnet.events import Event
 from hnet.model.cost import peak_flops
 from hnet.plateau import Plateau
@@ -97,7 +97,7 @@ class Trainer:
             latest = resume in (True, "latest")
             self.state.load(checkpoint.latest_checkpoint(self.state.root) if latest else Path(str(resume)))
         elif (self.out / "metrics.jsonl").exists():
-            raise FileExistsError(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
+            raise PathTaken(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
         self.replica = distributed.replicate(self.model, config, self.world)
         distributed.barrier(self.world)  # nobody writes before all have looked
 
@@ -345,7 +345,7 @@ class Trainer:
             with suppress(OSError):  # the same disk
                 self.journal.event(self.step, Event("disk_full", message))
             if last:
-                raise
+                raise PathError(message) from e
 
     def _interrupt(self, *_: object) -> None:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end

@@ -29,6 +29,7 @@ from hnet.data.packing import Batch, PackStream, eval_batches
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
 from hnet.device import World
+from hnet.errors import UserError
 from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
@@ -58,7 +59,7 @@ class HNetTask:
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
         packs = config.accumulation * world.size
         if config.batch_bytes % packs:
-            raise ValueError(
+            raise UserError(
                 f"batch_bytes must be a multiple of accumulation x processes = {packs}, got {config.batch_bytes}"
             )
         self.pack_bytes = config.batch_bytes // packs
