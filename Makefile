@@ -28,7 +28,7 @@ demo: setup
 # A process for each core with one thread: small tensors gain nothing from a second. A file stays in one process, where
 # its tests share what is costly. (xdist 3.8 does not see xdist_group under pytest 9.2.) All in one: JOBS=0
 JOBS ?= auto
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 test: setup
 	$(PYTEST) -m "not slow"
