@@ -22,15 +22,27 @@ from torch import Tensor
 from . import dispatch, reference
 from .library import define, kernels
 from .types import Routing
-from .validation import check_device, check_matrix, check_probability_dtype, check_routing, check_vector
+from .validation import (
+    check_device,
+    check_matrix,
+    check_routing,
+    check_routing_values,
+    check_state,
+    check_vector,
+    probability_dtype,
+    readable,
+)
 
 
 def _check_residual(residual: Tensor | None, rows: int, z: Tensor) -> None:
     if residual is None:
         return
     check_matrix("residual", residual)
-    if residual.shape != (rows, z.shape[1]):
-        raise ValueError(f"residual must have shape ({rows}, {z.shape[1]}), got {tuple(residual.shape)}")
+    shape = rows, z.shape[1]
+    if residual.shape != shape:
+        raise ValueError(
+            f"residual must have shape {shape}, got {tuple(residual.shape)}, next to z of {tuple(z.shape)}"
+        )
     check_device("residual", residual, "z", z)
     if residual.dtype != z.dtype and torch.float64 in (residual.dtype, z.dtype):
         raise TypeError(f"residual must not be {residual.dtype} next to {z.dtype} z")
@@ -62,11 +74,13 @@ def dechunk(z: Tensor, r: Routing, residual: Tensor | None = None, *, backend: s
     check_routing(r, "z", z)
     if z.shape[0] != r.chunk_start.shape[0]:
         raise ValueError(f"z must have the {r.chunk_start.shape[0]} chunks of r, got {z.shape[0]}")
-    check_probability_dtype("r.boundary_prob", r.boundary_prob, z)
     T = r.chunk_index.shape[0]
+    for name in ("boundary_prob", "selected_prob"):
+        check_vector(f"r.{name}", getattr(r, name), T, probability_dtype(z), "z", z)
     _check_residual(residual, T, z)
     chosen = dispatch.resolve(backend, "dechunk", z)
     if chosen == "reference":
+        check_routing_values(r)
         return reference.dechunk(z, r, residual)
     return torch.ops.hnet_kernels.dechunk(
         z, r.boundary_prob, r.selected_prob, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, residual, chosen
@@ -102,13 +116,8 @@ def dechunk_step(
     check_matrix("z", z)
     B = z.shape[0]
     check_vector("boundary_mask", boundary_mask, B, torch.bool, "z", z)
-    check_vector("boundary_prob", boundary_prob, B, boundary_prob.dtype, "z", z)
-    check_probability_dtype("boundary_prob", boundary_prob, z)
-    if state.shape != z.shape or state.dtype != boundary_prob.dtype:
-        raise ValueError(
-            f"state must be {boundary_prob.dtype} of shape {tuple(z.shape)}, got {state.dtype} {tuple(state.shape)}"
-        )
-    check_device("state", state, "z", z)
+    check_vector("boundary_prob", boundary_prob, B, probability_dtype(z), "z", z)
+    check_state("state", state, B, "the rows", z)
     _check_residual(residual, B, z)
     chosen = dispatch.resolve(backend, "dechunk_step", z)
     if chosen == "reference":
@@ -139,8 +148,7 @@ def _backward(ctx, dout):
 def _without_padding(dout: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Zero past the last sequence; dout itself where a look at it is free and shows that there is nothing past it."""
     T = dout.shape[0]
-    real_values = type(cu_seqlens) is Tensor and not torch.compiler.is_compiling()  # not a tracer's
-    if real_values and dout.device.type == "cpu" and int(cu_seqlens[-1]) == T:
+    if readable(cu_seqlens) and int(cu_seqlens[-1]) == T:
         return dout
     real = torch.arange(T, device=dout.device) < cu_seqlens[-1]
     return torch.where(real[:, None], dout, 0)

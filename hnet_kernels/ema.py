@@ -16,10 +16,10 @@ from .library import define, kernels
 from .validation import (
     check_cu_seqlens,
     check_cu_seqlens_values,
-    check_device,
     check_matrix,
-    check_probability_dtype,
+    check_state,
     check_vector,
+    probability_dtype,
 )
 
 
@@ -54,18 +54,11 @@ def ema(
         for t in range(T): y[t] = p[t] * z[t] + (1 - p[t]) * (initial_state[n] if t == cu_seqlens[n] else y[t - 1])
     """
     check_matrix("z", z)
-    T, D = z.shape
-    check_vector("p", p, T, p.dtype, "z", z)
-    check_probability_dtype("p", p, z)
+    T = z.shape[0]
+    check_vector("p", p, T, probability_dtype(z), "z", z)
     check_cu_seqlens(cu_seqlens, "z", z)
-    N = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        if initial_state.shape != (N, D) or initial_state.dtype != p.dtype:
-            raise ValueError(
-                f"initial_state must be {p.dtype} of shape ({N}, {D}), "
-                f"got {initial_state.dtype} {tuple(initial_state.shape)}"
-            )
-        check_device("initial_state", initial_state, "z", z)
+        check_state("initial_state", initial_state, cu_seqlens.shape[0] - 1, "cu_seqlens", z)
     chosen = dispatch.resolve(backend, "ema", z)
     if chosen == "reference":
         check_cu_seqlens_values(cu_seqlens, T)

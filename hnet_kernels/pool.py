@@ -14,7 +14,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .library import define, kernels
 from .types import Routing
-from .validation import check_matrix, check_routing
+from .validation import check_matrix, check_routing, check_routing_values
 
 MODES = ("boundary", "mean", "max", "last")
 
@@ -50,6 +50,7 @@ def pool(x: Tensor, r: Routing, mode: str = "boundary", *, backend: str | None =
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     chosen = dispatch.resolve(backend, "pool", x)
     if chosen == "reference":
+        check_routing_values(r)
         return reference.pool(x, r, mode)
     return torch.ops.hnet_kernels.pool(x, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, mode, chosen)
 

@@ -10,6 +10,7 @@ Where Triton runs, "batch" and "sequence" are one kernel that also leaves dL/dpr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import dispatch
 from .library import define, kernels
 from .types import Routing
+from .validation import check_flag, check_sequences, check_tensor, check_vector, probability_dtype
 
 REDUCTIONS = ("batch", "sequence", "global")
 
@@ -57,14 +59,16 @@ def ratio_loss(
         () fp32.
 
     Raises:
-        ValueError: target_ratio <= 1 or an unknown reduction.
+        TypeError, ValueError: target_ratio <= 1 or an unknown reduction; sums or counts of r of other types or shapes.
         RuntimeError: "global" without torch.distributed being initialised.
     """
     if not isinstance(r, Routing):
         raise TypeError(f"r must be the Routing that hnet_kernels.route returned, got {type(r).__name__}")
-    n = float(target_ratio)
-    if not n > 1:
-        raise ValueError(f"target_ratio must be above 1 (positions per chunk), got {target_ratio!r}")
+    check_tensor("r.prob_sum", r.prob_sum)
+    check_sequences(r, "r.prob_sum", r.prob_sum)
+    check_vector("r.prob_sum", r.prob_sum, r.cu_seqlens.shape[0] - 1, probability_dtype(r.prob_sum), "r", r.cu_seqlens)
+    n = _positions_per_chunk(target_ratio)
+    check_flag("straight_through", straight_through)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if reduction == "global" and not torch.distributed.is_initialized():
@@ -81,6 +85,16 @@ def ratio_loss(
         lengths = r.cu_seqlens[1:] - r.cu_seqlens[:-1]
         return torch.where(lengths > 0, loss, 0).sum() / (lengths > 0).sum().clamp(min=1)
     return loss
+
+
+def _positions_per_chunk(target_ratio: float) -> float:
+    try:
+        n = float(target_ratio)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"target_ratio must be a number above 1, got {target_ratio!r}") from e
+    if not 1 < n < math.inf:
+        raise ValueError(f"target_ratio must be above 1 (positions per chunk) and finite, got {target_ratio!r}")
+    return n
 
 
 def _backend(prob_sum: Tensor) -> str:

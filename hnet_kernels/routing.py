@@ -17,25 +17,30 @@ from .types import Routing
 from .validation import (
     check_cu_seqlens,
     check_cu_seqlens_values,
-    check_device,
+    check_flag,
     check_like,
+    check_logit_bias,
     check_matrix,
     check_vector,
+    probability_dtype,
 )
 
 
 def _check_bias(logit_bias: float | Tensor | None, x: Tensor) -> Tensor | None:
     if logit_bias is None:
         return None
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_logit_bias(logit_bias, "q", x)
+    dtype = probability_dtype(x)
     if not isinstance(logit_bias, Tensor):
         return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for a GPU
-    if logit_bias.dim() != 0 or not logit_bias.dtype.is_floating_point:
-        raise ValueError(
-            f"logit_bias must be a float or a 0-d float tensor, got {logit_bias.dtype} {tuple(logit_bias.shape)}"
-        )
-    check_device("logit_bias", logit_bias, "q", x)
     return logit_bias.to(dtype)
+
+
+def _check_budget(max_chunks: int, least: int) -> None:
+    if not isinstance(max_chunks, int) or isinstance(max_chunks, bool) or max_chunks < least:
+        raise ValueError(f"max_chunks must be an integer >= {least}, one for each sequence, got {max_chunks!r}")
+    if max_chunks >= 2**31:
+        raise ValueError(f"max_chunks must be below 2^31, got {max_chunks}")
 
 
 def _common_dtype(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +71,8 @@ def route(
         q: (T, D) fp32|bf16|fp16 (fp64 with the reference), W_q x. Row t is compared with row t+1 of `k`.
         k: (T, D), same dtype, W_k x.
         cu_seqlens: (N+1,) int32, from 0 to T: sequence n is positions [cu_seqlens[n], cu_seqlens[n+1]).
-        logit_bias: float or 0-d tensor beta, p <- p e^beta / (1 - p + p e^beta); positive makes more chunks. May need
-            a gradient.
+        logit_bias: float or 0-d tensor beta from -80 to 80, p <- p e^beta / (1 - p + p e^beta); positive makes more
+            chunks. May need a gradient.
         candidates: (T,) bool, positions where a boundary may fall; first positions always may. Default: all.
         max_chunks: budget K >= N. All shapes become static and nothing is read back from the device: `chunk_start` has
             K rows, the least probable boundaries past K are dropped (first positions never) and counted in
@@ -81,8 +86,9 @@ def route(
         fp32 (fp64 for fp64 input), computed in that precision whatever the input dtype.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape or device; cu_seqlens that does not start at 0, decreases or
-            does not end at T (checked on CPU only, where reading it is free); max_chunks < N.
+        TypeError, ValueError: wrong type, dtype, shape or device; max_chunks < N; cu_seqlens that does not start at 0,
+            decreases or does not end at T, or a logit_bias out of range (tensors are read on a CPU only, where it is
+            free).
         RuntimeError: the backend named cannot run here.
 
     Equivalent to:
@@ -96,8 +102,9 @@ def route(
     T, N = q.shape[0], cu_seqlens.shape[0] - 1
     if candidates is not None:
         check_vector("candidates", candidates, T, torch.bool, "q", q)
-    if max_chunks is not None and (not isinstance(max_chunks, int) or max_chunks < max(N, 1)):
-        raise ValueError(f"max_chunks must be an integer >= {max(N, 1)}, one for each sequence, got {max_chunks!r}")
+    if max_chunks is not None:
+        _check_budget(max_chunks, max(N, 1))
+    check_flag("padded", padded)
     chosen = dispatch.resolve(backend, "route", q)
     if chosen == "reference":
         check_cu_seqlens_values(cu_seqlens, T, padded)
