@@ -82,9 +82,10 @@ def dechunk(z: Tensor, r: Routing, residual: Tensor | None = None, *, backend: s
     if chosen == "reference":
         check_routing_values(r)
         return reference.dechunk(z, r, residual)
-    return torch.ops.hnet_kernels.dechunk(
-        z, r.boundary_prob, r.selected_prob, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, residual, chosen
-    )
+    layout = r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens
+    inputs = z, r.boundary_prob, r.selected_prob, *layout, residual
+    keep = chosen == "triton" and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.ops.hnet_kernels.dechunk(*inputs, keep, chosen)[0]
 
 
 def dechunk_step(
@@ -129,20 +130,22 @@ def dechunk_step(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    z, prob, _, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, ctx.chosen = inputs
+    z, prob, _, *layout, residual, keep, ctx.chosen = inputs
+    y = output[1]
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
+    ctx.mark_non_differentiable(y)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y if keep else z, prob, *layout)
 
 
-def _backward(ctx, dout):
+def _backward(ctx, dout, _):
     wanted = ctx.residual_dtype if ctx.needs_input_grad[7] else None
-    widen = (
-        wanted == torch.float32 != dout.dtype
-    )  # an fp32 residual next to 16-bit rows: the kernel writes its gradient
-    dz, dprob, dselected, dresidual = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, widen, ctx.chosen)
-    if not widen:
+    # the kernel writes it on a GPU, where a look at the padding would wait, and for an fp32 residual of 16-bit rows
+    written = wanted if ctx.chosen == "triton" or wanted == torch.float32 != dout.dtype else None
+    dz, dprob, dselected, dresidual = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, written, ctx.chosen)
+    if written is None:
         dresidual = None if wanted is None else _without_padding(dout, ctx.saved_tensors[-1]).to(wanted)
-    return dz, dprob, dselected, None, None, None, None, dresidual, None
+    return dz, dprob, dselected, None, None, None, None, dresidual, None, None
 
 
 def _without_padding(dout: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -157,23 +160,28 @@ def _without_padding(dout: Tensor, cu_seqlens: Tensor) -> Tensor:
 # --- schema and shapes --------------------------------------------------------------------------------------------
 
 
-def _dechunk_bwd_fake(dout, z, prob, *args):
-    widen = args[-2]
-    dresidual = prob.new_empty(dout.shape if widen else 0)
-    return z.new_empty(z.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape), dresidual
+def _dechunk_fake(z, prob, *args):
+    keep = args[-2]
+    return z.new_empty(prob.shape[0], z.shape[1]), prob.new_empty(z.shape if keep else 0)
 
 
-define(
+def _dechunk_bwd_fake(dout, rows, prob, *args):
+    dtype = args[-2]
+    dresidual = prob.new_empty(0) if dtype is None else dout.new_empty(dout.shape, dtype=dtype)
+    return dout.new_empty(rows.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape), dresidual
+
+
+define(  # with `keep`, also y (M, D) fp32 for the backward
     "dechunk(Tensor z, Tensor boundary_prob, Tensor selected_prob, Tensor chunk_start, Tensor chunk_index, "
-    "Tensor cu_chunks, Tensor cu_seqlens, Tensor? residual, str backend) -> Tensor",
+    "Tensor cu_chunks, Tensor cu_seqlens, Tensor? residual, bool keep, str backend) -> (Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk(*args[:-1]),
-    lambda z, prob, *_: z.new_empty(prob.shape[0], z.shape[1]),
+    _dechunk_fake,
     _setup_context,
     _backward,
 )
-define(
-    "dechunk_bwd(Tensor dout, Tensor z, Tensor boundary_prob, Tensor chunk_start, Tensor chunk_index, "
-    "Tensor cu_chunks, Tensor cu_seqlens, bool fp32_residual, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+define(  # rows: the y that the forward kept, else z
+    "dechunk_bwd(Tensor dout, Tensor rows, Tensor boundary_prob, Tensor chunk_start, Tensor chunk_index, "
+    "Tensor cu_chunks, Tensor cu_seqlens, ScalarType? residual_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk_bwd(*args[:-1]),
     _dechunk_bwd_fake,
 )

@@ -126,7 +126,7 @@ def pool_bwd(dz, x, chunk_start, chunk_index, cu_chunks, cu_seqlens, T, mode):
     return dx
 
 
-def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual):
+def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, keep):
     (M, D), T, N = z.shape, prob.shape[0], cu_seqlens.shape[0] - 1
     out = _empty(T, D, dtype=z.dtype)
     residual_dtype = z.dtype if residual is None else residual.dtype
@@ -134,10 +134,10 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
         "dechunk_fwd", z.dtype, residual_dtype, Rows(z), Rows(residual), prob, cu_seqlens, cu_chunks, chunk_start,
         N, T, M, D, out,
     )  # fmt: skip
-    return out
+    return out, _empty(0)
 
 
-def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
+def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual_dtype):
     N, T, D = _sizes(cu_seqlens, dout)
     M = z.shape[0]
     dz, dprob, dselected = _empty(M, D, dtype=z.dtype), _empty(T), _empty(T)
@@ -145,7 +145,7 @@ def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
         "dechunk_bwd", z.dtype, Rows(dout), Rows(z), prob, cu_seqlens, cu_chunks, chunk_start, N, T, M, D,
         dz, dprob, dselected,
     )  # fmt: skip
-    dresidual = dout.float() if fp32_residual else _empty(0)
+    dresidual = _empty(0) if residual_dtype is None else dout.to(residual_dtype, copy=True)
     dresidual[cu_seqlens[-1].item() :] = 0
     return dz, dprob, dselected, dresidual
 

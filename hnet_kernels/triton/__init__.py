@@ -5,11 +5,10 @@ What one stage launches, forward and backward, with max_chunks (tests/kernels/te
 
     route                forward 3: probabilities; budget; compaction     backward 1
     pool (boundary)      forward 1                                        backward 1
-    dechunk              forward 1                                        backward 2: tiles; sums over column blocks
+    dechunk              forward 1                                        backward 2: positions; chunks
     ratio_loss           forward 1                                        backward 1: a multiplication
     in all               6                                                5
 
-and one more for a logit_bias: filling a tensor with a float, or summing the gradient of a learned one. A residual in
-the dtype of the rows gets dout itself as its gradient, an fp32 one next to 16-bit rows is written by the dechunk
-backward. Nothing waits for the device, and all shapes are static.
+and one more for a logit_bias: filling a tensor with a float, or summing the gradient of a learned one. The
+gradient of a residual is written by the dechunk backward. Nothing waits for the device, and all shapes are static.
 """

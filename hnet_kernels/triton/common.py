@@ -16,6 +16,7 @@ from torch import Tensor
 from hnet_kernels.dispatch import triton_interpreted
 
 INTERPRETED = triton_interpreted()
+SPLIT = 64  # positions of a block of a long chunk
 
 # Arguments that change from batch to batch. Triton compiles another kernel for an integer that is 1 or divisible by 16;
 # of these it must not, or it goes on compiling, a second at a time, far into a training run.
@@ -106,14 +107,25 @@ def sequence_of(t, cu_seqlens, N, steps):
 
 
 @triton.jit
-def to_dot(x, DOT: tl.constexpr):
-    """x as an operand of `tl.dot`. DOT is the row dtype, or fp32 in the interpreter, whose bf16 products are wrong."""
-    return x.to(DOT)
+def chunk_end(chunk_start, m, num_chunks, pack_end):
+    """One past the last position of chunks m"""
+    inside = m + 1 < num_chunks
+    return tl.load(chunk_start + m + 1, mask=inside, other=0) + tl.where(inside, 0, pack_end)
+
+
+@triton.jit
+def outer_rows(begin, end, SPLIT: tl.constexpr):
+    """A chunk without the aligned blocks of SPLIT positions inside it: begin .. head_end - 1 and tail .. end - 1"""
+    head_end = tl.minimum(tl.cdiv(begin, SPLIT) * SPLIT, end)
+    tail = tl.maximum(end // SPLIT * SPLIT, head_end)
+    return head_end, tail
 
 
 @triton.jit
 def weighted_sum(w, z, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + w @ z with fp32 weights. 16-bit rows: w goes in two parts, so that only z's own rounding remains."""
+    """acc + w @ z with fp32 weights. DOT is the row dtype, or fp32 in the interpreter, whose bf16 products are wrong.
+    16-bit rows: w goes in two parts, so that only z's own rounding remains."""
+    z = z.to(DOT)
     if tl.float32 == DOT:
         return tl.dot(w, z, acc, input_precision=PRECISION)
     high = w.to(DOT)

@@ -1,45 +1,45 @@
-"""Dechunk on a GPU: the EMA as a matrix product, so that tiles are independent and nothing is written twice.
+"""Dechunk on a GPU, at the speed of memory: whole rows, no matrix products, nothing of the size of T made on the way.
 
-Unrolled, the EMA gives position t, whose chunk is c,
+Forward: a program walks OWN chunks one after the other, y_m = (1 - P_m) y_{m-1} + P_m z_m in registers, and writes the
+rows of each. Every boundary has P > 1/2, so y_{m-k} weighs less than 2^-k in y_m: it starts from zero up to 32 chunks
+early, fewer where the decay is faster, exact to fp32 rounding of the largest input. Where there will be a backward it
+keeps y (M, D) in fp32, and the backward needs neither z nor the EMA again:
 
-    y_c = sum_{j <= c} V[t, j] z_j        V[t, j] = P_j prod_{k=j+1..c} (1 - P_k) = P_j 2^(L_c - L_j)
+1. one pass over dout, a program a chunk: s_m = sum of the rows of the chunk, dc_t = <dout_t, y_c>, the residual's
+   gradient;
+2. a walk over the chunks as in the forward, the other way: g_m = s_m + (1 - P_{m+1}) g_{m+1}, dz_m = P_m g_m,
+   dP_m = <g_m, z_m - y_{m-1}> = <g_m, y_m - y_{m-1}> / P_m.
 
-over the chunks of its sequence, with L the prefix sum of log2(1 - P). Every boundary has P > 1/2, so V halves with
-each chunk and HALO chunks are enough: 32 for fp32, 16 for 16-bit rows (2^-16 of the largest input, far below
-their rounding). L is kept in fixed point (2^-20), in which differences of sums are exact however long the sums are.
-
-Backward, from one pass over dout, with U = V / P and G[t, j] = <dout_t, z_j>:
-
-    g_m = sum_t U[t, m] dout_t     dz_m = P_m g_m     dP_m = <g_m, z_m - y_{m-1}>     dc_t = sum_j V[t, j] G[t, j]
-
-where y_{m-1} is made again from z, once a tile. dP and dc are sums over all columns; each column block leaves its part
-in scratch and a second, small kernel adds the parts in order.
+Blocks of SPLIT positions that lie inside one chunk have programs of their own, so that a long chunk keeps none busy for
+long; in the backward they leave partial sums, which the walk adds in order. A sequence's first chunk takes nothing
+over, not even times zero: what is not finite stays in its sequence.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from .common import (
+    SPLIT,
     Kernel,
+    Plan,
     block_columns,
+    chunk_end,
     dense,
-    dot_dtype,
-    dot_precision,
     empty,
     jit,
+    outer_rows,
     rows,
     search_steps,
     sequence_of,
     stride,
-    to_dot,
-    weighted_sum,
 )
 
 P_MIN, P_MAX = tl.constexpr(1e-4), tl.constexpr(1 - 1e-4)
-FIXED = tl.constexpr(1048576.0)  # 2^20
+HALO = tl.constexpr(32)
 
 
 @triton.jit
@@ -48,157 +48,214 @@ def _clamped(p):
 
 
 @triton.jit
-def _decay(log, visible):
-    """2^log where visible, else 0"""
-    return tl.where(visible, tl.exp2(tl.where(visible, log, 0).to(tl.float32) / FIXED), 0.0)
-
-
-@triton.jit
-def _chunks(prob, chunk_start, j, on):
-    """Clamped probability of chunks j, and log2(1 - P) in fixed point (0 where not `on`)"""
-    start = tl.load(chunk_start + j, mask=on, other=0)
-    p = _clamped(tl.load(prob + start, mask=on, other=0.5))
-    return p, tl.where(on, (tl.log2(1.0 - p) * FIXED - 0.5).to(tl.int32), 0)
+def _log_keep(prob, chunk_start, m, on):
+    """log2(1 - P) of chunks m, 0 where not `on`"""
+    start = tl.load(chunk_start + m, mask=on, other=0)
+    return tl.where(on, tl.log2(1.0 - _clamped(tl.load(prob + start, mask=on, other=0.5))), 0.0)
 
 
 @jit
 def _dechunk_fwd_kernel(
-    z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, out, T, N, steps, z_stride, residual_stride,
-    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HALO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, out, y, T, M, N, steps, z_stride,
+    residual_stride,
+    D: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Y: tl.constexpr, SPLIT: tl.constexpr, OWN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """WINDOW >= BLOCK_T + HALO chunks are all that a tile can need; it walks those it does, BLOCK_J at a time."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """The first cdiv(M, OWN) programs have OWN chunks each, the others a block of SPLIT positions."""
+    pid = tl.program_id(0)
+    groups = tl.cdiv(M, OWN)
+    c = tl.arange(0, BLOCK_D)
+    col = c < D
+    lanes = tl.arange(0, BLOCK)
+    pack_end = tl.load(cu_seqlens + N)
+    num_chunks = tl.load(cu_chunks + N)
+    m0 = pid * OWN
+    m1 = tl.minimum(m0 + OWN, num_chunks)
+    t0 = (pid - groups) * SPLIT
+    if pid >= groups:
+        m1 = m0  # nothing, unless the block lies inside a chunk
+        if t0 + SPLIT <= pack_end:
+            m0 = tl.load(chunk_index + t0)
+            m1 = m0 + (m0 == tl.load(chunk_index + t0 + SPLIT - 1)).to(tl.int32)
+
+    if m0 < m1:
+        before = m0 - HALO + tl.arange(0, HALO)  # of these chunks, those that are felt in the first of this program's
+        decay = tl.cumsum(_log_keep(prob, chunk_start, before, before >= 0), 0, reverse=True)
+        m_begin = m0 - tl.sum(((before >= 0) & (decay > -HALO)).to(tl.int32))
+        sequence = sequence_of(m_begin, cu_chunks, N, steps)
+        next_sequence = tl.load(cu_chunks + sequence + 1)
+        state = tl.zeros((BLOCK_D,), tl.float32)
+        begin = tl.load(chunk_start + m_begin)
+        p = _clamped(tl.load(prob + begin))
+        row = tl.load(z + m_begin.to(tl.int64) * z_stride + c, mask=col, other=0.0)
+        m = m_begin
+        for _ in range(m1 - m_begin):
+            end = chunk_end(chunk_start, m, num_chunks, pack_end)
+            more = m + 1 < m1  # what the next chunk needs is on its way while this one's rows are written
+            next_p = _clamped(tl.load(prob + end, mask=more, other=0.5))
+            next_row = tl.load(z + (m + 1).to(tl.int64) * z_stride + c, mask=col & more, other=0.0)
+            state = p * row.to(tl.float32) + tl.where(m == next_sequence, 0.0, (1.0 - p) * state)
+            while next_sequence <= m:
+                sequence += 1
+                next_sequence = tl.load(cu_chunks + sequence + 1)
+            if m >= m0:
+                first = begin
+                head_end, tail = outer_rows(begin, end, SPLIT)
+                count = head_end - begin + end - tail
+                if pid >= groups:
+                    first = t0
+                    head_end = t0 + SPLIT
+                    count = head_end - first
+                elif HAS_Y:
+                    tl.store(y + m.to(tl.int64) * D + c, state, mask=col)
+                for i in range(0, count, BLOCK):
+                    at = first + i + lanes
+                    t = tl.where(at < head_end, at, at - head_end + tail).to(tl.int64)[:, None]
+                    on = (i + lanes < count)[:, None] & col[None, :]
+                    v = tl.zeros((BLOCK, BLOCK_D), tl.float32) + state[None, :]
+                    if HAS_RESIDUAL:
+                        r = tl.load(residual + t * residual_stride + c[None, :], mask=on, other=0.0)
+                        v += r.to(tl.float32)
+                    tl.store(out + t * D + c[None, :], v, mask=on)
+            begin, p, row = end, next_p, next_row
+            m += 1
+
+    if pid >= groups:
+        for i in range(tl.maximum(t0, pack_end), tl.minimum(t0 + SPLIT, T), BLOCK):
+            t = i + lanes
+            on = (t < tl.minimum(t0 + SPLIT, T))[:, None] & col[None, :]
+            tl.store(out + t.to(tl.int64)[:, None] * D + c[None, :], tl.zeros((BLOCK, BLOCK_D), tl.float32), mask=on)
+
+
+@jit
+def _dechunk_bwd_rows_kernel(
+    dout, y, chunk_start, chunk_index, cu_chunks, cu_seqlens, sums, dprob, dselected, dresidual, T, M, N, dout_stride,
+    D: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Programs 0 .. M - 1 have a chunk each, the others a block of SPLIT positions; row i of `sums` is program i's.
+
+    Zeroes dprob wherever no chunk starts, and all outputs past the last sequence.
+    """
+    pid = tl.program_id(0)
+    c = tl.arange(0, BLOCK_D)
     col = (c < D)[None, :]
-    at = t.to(tl.int64)[:, None]
-    on = t < tl.minimum(T, tl.load(cu_seqlens + N))
-    chunk = tl.load(chunk_index + t, mask=on, other=-1)
-    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    if HAS_RESIDUAL:  # first of the large loads, so that it is on its way while the layout is looked up
-        r = tl.load(residual + at * residual_stride + c[None, :], mask=on[:, None] & col, other=0.0)
-        acc = r.to(tl.float32)
-    oldest = tl.load(cu_chunks + sequence_of(t, cu_seqlens, N, steps), mask=on, other=0)  # chunk a position may see
-    last = tl.max(chunk)
-    lowest = tl.min(tl.where(on, chunk, last + 1))  # a tile of padding alone has no chunks: last is -1
-    first = tl.maximum(lowest - HALO, 0)
+    lanes = tl.arange(0, BLOCK)
+    pack_end = tl.load(cu_seqlens + N)
+    num_chunks = tl.load(cu_chunks + N)
+    m = pid * 1
+    mine = False
+    if pid < M:
+        begin = tl.load(chunk_start + m)
+        end = begin
+        if m < num_chunks:
+            end = chunk_end(chunk_start, m, num_chunks, pack_end)
+        head_end, tail = outer_rows(begin, end, SPLIT)
+        count = head_end - begin + end - tail  # 0 for a chunk made of whole blocks: its sum is 0 so far
+        mine = m < num_chunks
+    else:
+        begin = (pid - M) * SPLIT
+        head_end = begin + SPLIT
+        tail = head_end
+        count = tail - begin
+        if head_end <= pack_end:
+            m = tl.load(chunk_index + begin)
+            mine = m == tl.load(chunk_index + head_end - 1)
 
-    window = first + tl.arange(0, WINDOW)
-    _, log_window = _chunks(prob, chunk_start, window, window <= last)
-    log_here = tl.gather(tl.cumsum(log_window, 0), tl.maximum(chunk - first, 0), 0)  # L at each position's chunk
-    log_before = last * 0
-    for j0 in range(first, last + 1, BLOCK_J):
-        j = j0 + tl.arange(0, BLOCK_J)
-        p, log_keep = _chunks(prob, chunk_start, j, j <= last)
-        log_j = log_before + tl.cumsum(log_keep, 0)
-        log_before += tl.sum(log_keep)
-        visible = (j[None, :] <= chunk[:, None]) & (j[None, :] >= oldest[:, None])
-        weight = p[None, :] * _decay(log_here[:, None] - log_j[None, :], visible)
-        rows = tl.load(z + j.to(tl.int64)[:, None] * z_stride + c[None, :], mask=(j <= last)[:, None] & col, other=0.0)
-        acc = weighted_sum(weight, to_dot(rows, DOT), acc, DOT, PRECISION)
+    if mine:
+        row = tl.load(y + m.to(tl.int64) * D + c, mask=c < D, other=0.0)
+        start = tl.load(chunk_start + m)
+        acc = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for i in range(0, count, BLOCK):
+            at = begin + i + lanes
+            t = tl.where(at < head_end, at, at - head_end + tail)
+            on = i + lanes < count
+            d = tl.load(dout + t.to(tl.int64)[:, None] * dout_stride + c[None, :], mask=on[:, None] & col, other=0.0)
+            if HAS_DRESIDUAL:
+                tl.store(dresidual + t.to(tl.int64)[:, None] * D + c[None, :], d, mask=on[:, None] & col)
+            d = d.to(tl.float32)
+            acc += d
+            tl.store(dselected + t, tl.sum(d * row[None, :], 1), mask=on)
+            tl.store(dprob + t, tl.zeros((BLOCK,), tl.float32), mask=on & (t != start))
+        tl.store(sums + pid.to(tl.int64) * D + c, tl.sum(acc, 0), mask=c < D)
 
-    tl.store(out + at * D + c[None, :], acc, mask=(t < T)[:, None] & col)
+    if pid >= M:
+        for i in range(tl.maximum(begin, pack_end), tl.minimum(begin + SPLIT, T), BLOCK):
+            t = i + lanes
+            on = t < tl.minimum(begin + SPLIT, T)
+            tl.store(dselected + t, tl.zeros((BLOCK,), tl.float32), mask=on)
+            tl.store(dprob + t, tl.zeros((BLOCK,), tl.float32), mask=on)
+            if HAS_DRESIDUAL:
+                zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+                tl.store(dresidual + t.to(tl.int64)[:, None] * D + c[None, :], zero, mask=on[:, None] & col)
 
 
 @triton.jit
-def _position_of(chunk_start, m, num_chunks, end):
-    """Where chunk m begins; the end of the pack from num_chunks on"""
-    inside = m < num_chunks
-    return tl.load(chunk_start + m, mask=inside, other=0) + tl.where(inside, 0, end)
+def _with_partial_sums(
+    sums, s, begin, end, M, c, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """s, the sum of a chunk's outer rows, and what the blocks inside it have left, in their order"""
+    b0 = tl.cdiv(begin, SPLIT)
+    b1 = end // SPLIT
+    if b0 < b1:
+        total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for i in range(b0, b1, BLOCK):
+            b = i + tl.arange(0, BLOCK)
+            at = (M + b).to(tl.int64)[:, None] * D + c[None, :]
+            total += tl.load(sums + at, mask=(b < b1)[:, None] & (c < D)[None, :], other=0.0)
+        s += tl.sum(total, 0)
+    return s
 
 
 @jit
-def _dechunk_bwd_kernel(
-    dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part, dresidual,
-    T, M, N, steps, dout_stride, z_stride,
-    D: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, HALO: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+def _dechunk_bwd_chunks_kernel(
+    y, sums, prob, chunk_start, cu_chunks, cu_seqlens, dz, dprob, M, N, steps,
+    D: tl.constexpr, SPLIT: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Chunks m0 .. m1 - 1 are this program's own. Its columns j are those and the HALO chunks before; the positions it
-    reads are theirs and those of the HALO chunks after, as far as the decay lets them be felt."""
-    OWN: tl.constexpr = BLOCK_J - HALO
-    pid_d = tl.program_id(1)
-    c = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    col = (c < D)[None, :]
+    """OWN chunks a program, last to first. next_p is P of chunk m + 1, g its gradient."""
+    c = tl.arange(0, BLOCK_D)
+    col = c < D
+    pack_end = tl.load(cu_seqlens + N)
     num_chunks = tl.load(cu_chunks + N)
-    end = tl.load(cu_seqlens + N)
     m0 = tl.program_id(0) * OWN
-    m1 = m0 + OWN
-
-    j = m0 - HALO + tl.arange(0, BLOCK_J)
-    real = (j >= 0) & (j < num_chunks)
-    p, log_keep_j = _chunks(prob, chunk_start, j, real)
-    log_j = tl.cumsum(log_keep_j, 0)
-    sequence = sequence_of(tl.maximum(j, 0), cu_chunks, N, steps)
-    limit = tl.load(cu_chunks + sequence + 1, mask=real, other=0)  # first chunk of the next sequence, which j is not in
-    window = m0 - HALO + tl.arange(0, WINDOW)
-    _, log_keep = _chunks(prob, chunk_start, window, (window >= 0) & (window < num_chunks))
-    log_window = tl.cumsum(log_keep, 0)
-    log_own = tl.sum(tl.where(window < m1, log_keep, 0))
-    felt = (window >= m1) & (window < tl.minimum(m1 + HALO, num_chunks)) & (log_window - log_own > -32.0 * FIXED)
-    stop = tl.minimum(m1, num_chunks) + tl.sum(felt.to(tl.int32))
-    t_begin = _position_of(chunk_start, m0, num_chunks, end)
-    t_own = _position_of(chunk_start, m1, num_chunks, end)
-    t_end = _position_of(chunk_start, stop, num_chunks, end)
-
-    row = j.to(tl.int64)[:, None]
-    zj = to_dot(tl.load(z + row * z_stride + c[None, :], mask=real[:, None] & col, other=0.0), DOT)
-    g = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
-    for t0 in range(t_begin, t_end, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        on = t < t_end
-        chunk = tl.load(chunk_index + t, mask=on, other=-1)
-        log_here = tl.gather(log_window, tl.maximum(chunk - (m0 - HALO), 0), 0)
-        visible = (j[None, :] <= chunk[:, None]) & (limit[None, :] > chunk[:, None])
-        decay = _decay(log_here[:, None] - log_j[None, :], visible)
-        at = t.to(tl.int64)[:, None]
-        d = tl.load(dout + at * dout_stride + c[None, :], mask=on[:, None] & col, other=0.0)
-        if HAS_DRESIDUAL:
-            tl.store(dresidual + at * D + c[None, :], d, mask=(t < t_own)[:, None] & col)
-        d = to_dot(d, DOT)
-        g = weighted_sum(tl.trans(decay), d, g, DOT, PRECISION)  # dP is fp32: a bf16 decay would show in it
-        products = tl.dot(d, tl.trans(zj), input_precision=PRECISION)
-        dc = tl.sum(decay * p[None, :] * products, 1)
-        tl.store(dc_part + pid_d.to(tl.int64) * T + t, dc, mask=t < t_own)
-
-    own = (j >= m0) & (j < M)
-    tl.store(dz + row * D + c[None, :], g * p[:, None], mask=own[:, None] & col)
-
-    # y_{m-1} of the own chunks: rows m, columns j < m of the same sequence
-    visible = (j[None, :] < j[:, None]) & (limit[None, :] > j[:, None])
-    weight = p[None, :] * _decay((log_j - log_keep_j)[:, None] - log_j[None, :], visible)
-    previous = weighted_sum(weight, zj, tl.zeros((BLOCK_J, BLOCK_D), tl.float32), DOT, PRECISION)
-    dp = tl.sum(g * (zj.to(tl.float32) - previous), 1)
-    tl.store(dp_part + pid_d.to(tl.int64) * M + j, dp, mask=own & real)
-
-    if HAS_DRESIDUAL:  # rows after the last sequence: each program zeroes its share
-        share = tl.cdiv(T - end, tl.num_programs(0))
-        pad = end + tl.program_id(0) * share
-        pad_end = tl.minimum(pad + share, T)
-        for t0 in range(pad, pad_end, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            zero = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-            tl.store(dresidual + t.to(tl.int64)[:, None] * D + c[None, :], zero, mask=(t < pad_end)[:, None] & col)
-
-
-@jit
-def _dechunk_bwd_reduce_kernel(
-    prob, chunk_start, chunk_index, cu_seqlens, dp_part, dc_part, dprob, dselected, T, M, N, parts,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    on = t < tl.minimum(T, tl.load(cu_seqlens + N))
-    m = tl.load(chunk_index + t, mask=on, other=0)
-    p = tl.load(prob + t, mask=on, other=0.0)
-    starts = on & (tl.load(chunk_start + m, mask=on, other=-1) == t) & (p >= P_MIN) & (p <= P_MAX)
-    dc = tl.zeros((BLOCK,), tl.float32)
-    dp = tl.zeros((BLOCK,), tl.float32)
-    zero = tl.program_id(0).to(tl.int64) * 0
-    for i in range(parts):
-        dc += tl.load(dc_part + (zero + i) * T + t, mask=on, other=0.0)
-        dp += tl.load(dp_part + (zero + i) * M + m, mask=starts, other=0.0)
-    tl.store(dselected + t, dc, mask=t < T)
-    tl.store(dprob + t, dp, mask=t < T)
+    m1 = tl.minimum(m0 + OWN, num_chunks)
+    if m0 < m1:
+        after = m1 + tl.arange(0, HALO)  # of these chunks, those in which the last of this program's is felt
+        decay = tl.cumsum(_log_keep(prob, chunk_start, after, after < num_chunks), 0)
+        m_end = m1 + tl.sum(((after < num_chunks) & (decay > -HALO)).to(tl.int32))
+        sequence = sequence_of(m_end - 1, cu_chunks, N, steps)
+        first = tl.load(cu_chunks + sequence)  # first chunk of the sequence of chunk m
+        g = tl.zeros((BLOCK_D,), tl.float32)
+        next_p = (m_end * 0).to(tl.float32) + 1.0
+        end = chunk_end(chunk_start, m_end - 1, num_chunks, pack_end)
+        s = tl.load(sums + (m_end - 1).to(tl.int64) * D + c, mask=col, other=0.0)
+        here = tl.load(y + (m_end - 1).to(tl.int64) * D + c, mask=col, other=0.0)
+        for i in range(m_end - m0):
+            m = m_end - 1 - i
+            at = m.to(tl.int64) * D
+            more = m > m0
+            begin = tl.load(chunk_start + m)
+            probability = tl.load(prob + begin)
+            next_s = tl.load(sums + at - D + c, mask=col & more, other=0.0)
+            before = tl.load(y + at - D + c, mask=col & (m > first), other=0.0)
+            p = _clamped(probability)
+            s = _with_partial_sums(sums, s, begin, end, M, c, D, SPLIT, BLOCK, BLOCK_D)
+            g = s + tl.where(next_p < 1.0, (1.0 - next_p) * g, 0.0)
+            if m < m1:
+                tl.store(dz + at + c, g * p, mask=col)
+                dp = tl.sum(tl.where(col, g * (here - before), 0.0)) / p
+                tl.store(dprob + begin, tl.where((probability >= P_MIN) & (probability <= P_MAX), dp, 0.0))
+            next_p = p
+            here = before
+            if m == first:  # nothing comes back from another sequence
+                next_p = next_p * 0.0 + 1.0
+                if more:
+                    sequence = sequence_of(m - 1, cu_chunks, N, steps)
+                    first = tl.load(cu_chunks + sequence)
+                    here = tl.load(y + at - D + c, mask=col, other=0.0)
+            s = next_s
+            end = begin
+    for m in range(tl.maximum(m0, num_chunks), tl.minimum(m0 + OWN, M)):
+        tl.store(dz + (m0 - m0 + m).to(tl.int64) * D + c, tl.zeros((BLOCK_D,), tl.float32), mask=col)
 
 
 @jit
@@ -222,54 +279,43 @@ def _dechunk_step_kernel(
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-def _plan(D, dtype, gpu, block_t, block_j, block_d, warps, stages, **more):
-    return {
-        "D": D, "HALO": 32 if dtype == torch.float32 else 16, "DOT": dot_dtype(dtype), "PRECISION": dot_precision(gpu),
-        "BLOCK_T": block_t, "BLOCK_J": block_j, "BLOCK_D": block_columns(D, block_d), "WINDOW": 128, **more,
-    }, {"num_warps": warps, "num_stages": stages}  # fmt: skip
+def _plan(most_rows: int, warp_columns: int, **constexprs: Any) -> Plan:
+    """Tiles of whole rows, as many as make 4096 elements."""
 
+    def plan(D, dtype, gpu):
+        columns = block_columns(D, 1 << 20)
+        block = max(1, min(most_rows, 4096 // columns))
+        warps = max(1, min(16, columns // warp_columns))
+        return {"D": D, **constexprs, "SPLIT": SPLIT, "BLOCK": block, "BLOCK_D": columns}, {"num_warps": warps}
 
-def _fwd_plan(D, dtype, gpu):
-    block_t = 32 if dtype == torch.float32 else 64
-    return _plan(D, dtype, gpu, block_t, 32, 128, 4, 1, HAS_RESIDUAL=True)
-
-
-def _bwd_plan(D, dtype, gpu):
-    if dtype == torch.float32:
-        return _plan(D, dtype, gpu, 16, 64, 32, 4, 2, HAS_DRESIDUAL=False)
-    if gpu == "sm_90":
-        return _plan(D, dtype, gpu, 64, 64, 128, 4, 1, HAS_DRESIDUAL=True)
-    if gpu == "sm_100":  # asynchronous matrix products leave registers for a larger tile
-        return _plan(D, dtype, gpu, 64, 64, 64, 8, 3, HAS_DRESIDUAL=True)
-    return _plan(D, dtype, gpu, 32, 64, 64, 8 if gpu == "sm_80" else 4, 3, HAS_DRESIDUAL=True)
+    return plan
 
 
 FWD = Kernel(
     _dechunk_fwd_kernel,
     {
         "z": "*T", "prob": "*fp32", "chunk_start": "*i32", "chunk_index": "*i32", "cu_chunks": "*i32",
-        "cu_seqlens": "*i32", "residual": "*R", "out": "*T", "T": "i32", "N": "i32", "steps": "i32", "z_stride": "i32",
-        "residual_stride": "i32",
+        "cu_seqlens": "*i32", "residual": "*R", "out": "*T", "y": "*fp32", "T": "i32", "M": "i32", "N": "i32",
+        "steps": "i32", "z_stride": "i32", "residual_stride": "i32",
     },
-    _fwd_plan,
+    _plan(4, 256, HAS_RESIDUAL=True, HAS_Y=True, OWN=8),
 )  # fmt: skip
-BWD = Kernel(
-    _dechunk_bwd_kernel,
+BWD_ROWS = Kernel(
+    _dechunk_bwd_rows_kernel,
     {
-        "dout": "*T", "z": "*T", "prob": "*fp32", "chunk_start": "*i32", "chunk_index": "*i32", "cu_chunks": "*i32",
-        "cu_seqlens": "*i32", "dz": "*T", "dp_part": "*fp32", "dc_part": "*fp32",
-        "dresidual": "*fp32", "T": "i32", "M": "i32", "N": "i32", "steps": "i32", "dout_stride": "i32",
-        "z_stride": "i32",
+        "dout": "*T", "y": "*fp32", "chunk_start": "*i32", "chunk_index": "*i32", "cu_chunks": "*i32",
+        "cu_seqlens": "*i32", "sums": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dresidual": "*R", "T": "i32",
+        "M": "i32", "N": "i32", "dout_stride": "i32",
     },
-    _bwd_plan,
+    _plan(4, 256, HAS_DRESIDUAL=True),
 )  # fmt: skip
-REDUCE = Kernel(
-    _dechunk_bwd_reduce_kernel,
+BWD_CHUNKS = Kernel(
+    _dechunk_bwd_chunks_kernel,
     {
-        "prob": "*fp32", "chunk_start": "*i32", "chunk_index": "*i32", "cu_seqlens": "*i32", "dp_part": "*fp32",
-        "dc_part": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "T": "i32", "M": "i32", "N": "i32", "parts": "i32",
+        "y": "*fp32", "sums": "*fp32", "prob": "*fp32", "chunk_start": "*i32", "cu_chunks": "*i32",
+        "cu_seqlens": "*i32", "dz": "*T", "dprob": "*fp32", "M": "i32", "N": "i32", "steps": "i32",
     },
-    lambda D, dtype, gpu: ({"BLOCK": 512}, {"num_warps": 4}),
+    _plan(4, 256, OWN=16),
 )  # fmt: skip
 STEP = Kernel(
     _dechunk_step_kernel,
@@ -279,43 +325,44 @@ STEP = Kernel(
     },
     lambda D, dtype, gpu: ({"D": D, "HAS_RESIDUAL": True, "BLOCK_D": block_columns(D, 1024)}, {"num_warps": 4}),
 )  # fmt: skip
-KERNELS = {"dechunk_fwd": FWD, "dechunk_bwd": BWD, "dechunk_bwd_reduce": REDUCE, "dechunk_step": STEP}
+KERNELS = {
+    "dechunk_fwd": FWD,
+    "dechunk_bwd_rows": BWD_ROWS,
+    "dechunk_bwd_chunks": BWD_CHUNKS,
+    "dechunk_step": STEP,
+}
 
 
-def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual):
-    D, T, N = z.shape[1], prob.shape[0], cu_seqlens.shape[0] - 1
+def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, keep):
+    (M, D), T, N = z.shape, prob.shape[0], cu_seqlens.shape[0] - 1
     z, residual = rows(z), rows(residual)
     prob, chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
-    out = empty(z, T, D, dtype=z.dtype)
-    planned = FWD.blocks(z, D)
+    out, y = empty(z, T, D, dtype=z.dtype), empty(z, *((M, D) if keep else (0,)))
     FWD.launch(
-        (triton.cdiv(T, planned["BLOCK_T"]), triton.cdiv(D, planned["BLOCK_D"])),
-        z, D, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual, out, T, N, search_steps(N), stride(z),
-        stride(residual), HAS_RESIDUAL=residual is not None,
+        (triton.cdiv(M, FWD.blocks(z, D)["OWN"]) + triton.cdiv(T, SPLIT),), z, D, z, prob, chunk_start, chunk_index,
+        cu_chunks, cu_seqlens, residual, out, y if keep else None, T, M, N, search_steps(N), stride(z),
+        stride(residual), HAS_RESIDUAL=residual is not None, HAS_Y=keep,
     )  # fmt: skip
-    return out
+    return out, y
 
 
-def dechunk_bwd(dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, fp32_residual):
-    (T, D), M, N = dout.shape, z.shape[0], cu_seqlens.shape[0] - 1
-    dout, z = rows(dout), rows(z)
+def dechunk_bwd(dout, y, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, residual_dtype):
+    (T, D), M, N = dout.shape, y.shape[0], cu_seqlens.shape[0] - 1
+    dout = rows(dout)
     prob, chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
-    planned = BWD.blocks(z, D)
-    parts = triton.cdiv(D, planned["BLOCK_D"])
-    dz, dprob, dselected = empty(z, M, D, dtype=z.dtype), empty(z, T), empty(z, T)
-    dresidual = empty(z, T, D) if fp32_residual else empty(z, 0)
+    dz, dprob, dselected = empty(dout, M, D, dtype=dout.dtype), empty(dout, T), empty(dout, T)
+    dresidual = empty(dout, 0) if residual_dtype is None else empty(dout, T, D, dtype=residual_dtype)
     if T == 0 or M == 0:
         return dz.zero_(), dprob.zero_(), dselected.zero_(), dresidual.zero_()
-    dp_part, dc_part = empty(z, parts, M), empty(z, parts, T)
-    BWD.launch(
-        (triton.cdiv(M, planned["BLOCK_J"] - planned["HALO"]), parts),
-        z, D, dout, z, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, dz, dp_part, dc_part,
-        dresidual if fp32_residual else None, T, M, N, search_steps(N), stride(dout), stride(z),
-        HAS_DRESIDUAL=fp32_residual,
+    programs = M + triton.cdiv(T, SPLIT)
+    sums = empty(dout, programs, D)
+    BWD_ROWS.launch(
+        (programs,), dout, D, dout, y, chunk_start, chunk_index, cu_chunks, cu_seqlens, sums, dprob, dselected,
+        None if residual_dtype is None else dresidual, T, M, N, stride(dout), HAS_DRESIDUAL=residual_dtype is not None,
     )  # fmt: skip
-    REDUCE.launch(
-        (triton.cdiv(T, 512),), z, D, prob, chunk_start, chunk_index, cu_seqlens, dp_part, dc_part, dprob, dselected,
-        T, M, N, parts,
+    BWD_CHUNKS.launch(
+        (triton.cdiv(M, BWD_CHUNKS.blocks(dout, D)["OWN"]),), dout, D, y, sums, prob, chunk_start, cu_chunks,
+        cu_seqlens, dz, dprob, M, N, search_steps(N),
     )  # fmt: skip
     return dz, dprob, dselected, dresidual
 

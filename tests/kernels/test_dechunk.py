@@ -75,6 +75,30 @@ def test_more_than_one_tile_of_every_kind(on):
     compare(on, [2500], "none", 8, torch.float32)
 
 
+@pytest.mark.parametrize("lengths", [[3, 700], [128, 64, 1], [63, 130, 600]], ids=str)
+def test_chunks_over_many_blocks(on, lengths):
+    """Chunks longer than a block of the Triton kernels, which hand such blocks to programs of their own."""
+    compare(on, lengths, "none", 8, torch.float32)
+    compare(on, lengths, "none", 8, torch.bfloat16, sum(lengths), torch.float32)
+
+
+def test_what_is_not_finite_stays_in_its_sequence(native):
+    """NaN and infinite rows in the sequence of positions 38 to 187: the others get the same bits as without."""
+    backend, device = native
+    r = on_device(routing_with("random", PACKS["ragged"]), device)
+    z, residual, dout = (x.to(device) for x in inputs(r, 33, torch.float32))
+    clean = gradients(lambda *a: hk.dechunk(*a, backend=backend), r, z, residual, dout)
+    m0, m1 = r.cu_chunks[3:5].tolist()
+    z[m0], z[m0 + 5, 3], z[m1 - 1, 7] = float("nan"), float("inf"), float("-inf")
+    dout[38], dout[100, 5], dout[187, 1] = float("-inf"), float("nan"), float("inf")
+    dirty = gradients(lambda *a: hk.dechunk(*a, backend=backend), r, z, residual, dout)
+    for i, (a, b) in enumerate(zip(clean, dirty, strict=True)):
+        begin, end = (m0, m1) if i == 1 else (38, 188)
+        assert torch.equal(a[:begin], b[:begin])
+        assert torch.equal(a[end:], b[end:])
+        assert not b[begin:end].isfinite().all()
+
+
 @pytest.mark.parametrize("budget", [7, 20, 200])
 def test_budget(on, budget):
     compare(on, PACKS["ragged"], "random", 33, torch.float32, budget)

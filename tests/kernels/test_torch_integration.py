@@ -39,7 +39,7 @@ def test_opcheck_dechunk(native, with_residual):
     r, M = routed(device)
     z, residual = leaf(rand(M, 33).to(device)), leaf(rand(254, 33).to(device)) if with_residual else None
     p, c = leaf(r.boundary_prob), leaf(r.selected_prob)
-    args = (z, p, c, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, residual, backend)
+    args = (z, p, c, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, residual, backend == "triton", backend)
     torch.library.opcheck(OPS.dechunk, args)
 
 

@@ -56,15 +56,15 @@ def test_strides_of_one_compile(aot, name):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_gate_fails_on_a_spill(aot, target, monkeypatch, capsys):
-    """Four warps on 32 x 256 fp32 tiles of the dechunk backward cannot keep them in registers."""
-    bwd = aot.kernels()["dechunk_bwd"]
+    """One warp on 64 x 256 fp32 tiles of the dechunk backward cannot keep them in registers."""
+    bwd = aot.kernels()["dechunk_bwd_rows"]
 
     def greedy(D, dtype, gpu):
         constexprs, options = bwd.plan(D, dtype, gpu)
-        return {**constexprs, "BLOCK_T": 32, "BLOCK_D": 256}, {**options, "num_warps": 4}
+        return {**constexprs, "BLOCK": 64, "BLOCK_D": 256}, {**options, "num_warps": 1}
 
-    monkeypatch.setattr(aot, "kernels", lambda: {"dechunk_bwd": aot.Kernel(bwd.fn, bwd.args, greedy)})
-    report = aot.compile_one(aot.Variant("dechunk_bwd", "fp32", 256, "planned", target))
+    monkeypatch.setattr(aot, "kernels", lambda: {"dechunk_bwd_rows": aot.Kernel(bwd.fn, bwd.args, greedy)})
+    report = aot.compile_one(aot.Variant("dechunk_bwd_rows", "fp32", 256, "planned", target))
     assert report.spills > 0
     assert report.stack > 0
     assert not report.ok
@@ -74,7 +74,7 @@ def test_the_gate_fails_on_a_spill(aot, target, monkeypatch, capsys):
     monkeypatch.setattr(aot, "compile_all", lambda: [report])
     monkeypatch.setattr(aot, "TARGETS", {target: aot.TARGETS[target]})
     assert info.compile_gate() == 1
-    assert f"FAILED dechunk_bwd fp32 256 planned {target}" in capsys.readouterr().out
+    assert f"FAILED dechunk_bwd_rows fp32 256 planned {target}" in capsys.readouterr().out
 
 
 def test_the_gate_fails_on_shared_memory(aot):

@@ -26,6 +26,8 @@ LEFT_OUT = [
     "same_bits",
     "global",
     "inductor",
+    "all-dtype1",
+    "all-dtype2",
 ]
 FILES = [
     "test_route test_dechunk",

@@ -17,7 +17,7 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzer
 KERNELS = {
     *("_route_fwd_kernel", "_select_kernel", "_compact_kernel", "_route_bwd_kernel"),
     *("_pool_copy_kernel", "_pool_bwd_kernel", "_ratio_loss_kernel"),
-    *("_dechunk_fwd_kernel", "_dechunk_bwd_kernel", "_dechunk_bwd_reduce_kernel"),
+    *("_dechunk_fwd_kernel", "_dechunk_bwd_rows_kernel", "_dechunk_bwd_chunks_kernel"),
 }
 
 

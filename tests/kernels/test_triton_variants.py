@@ -57,8 +57,8 @@ def run_everything(T, N, M, B, D, budget):
     for mode in ("boundary", "mean", "max", "last"):
         op["pool"].pool(x, start, index, cu_chunks, cu, mode)
         op["pool"].pool_bwd(z, x, start, index, cu_chunks, cu, T, mode)
-    op["dechunk"].dechunk(z, prob, selected, start, index, cu_chunks, cu, x)
-    op["dechunk"].dechunk_bwd(x, z, prob, start, index, cu_chunks, cu, False)
+    _, y = op["dechunk"].dechunk(z, prob, selected, start, index, cu_chunks, cu, x, True)
+    op["dechunk"].dechunk_bwd(x, y, prob, start, index, cu_chunks, cu, torch.float32)
     op["dechunk"].dechunk_step(x[:B], prob[:B], mask[:B], x[:B], x[:B])
     loss(prob_sum, cu, cu_chunks, 4.0, False, False)
     _, final = op["ema"].ema(x, prob, cu, None)
