@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import RunConfig
-from .shards import local
+from .shards import local_rows
 
 AT_LEAST = 20  # norms before a percentile means anything
 
 
 def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
     """What this process has of them."""
-    return [local(p.grad) for p in parameters if p.grad is not None]
+    return [local_rows(p.grad) for p in parameters if p.grad is not None]
 
 
 def stage_norms(stages: list[list[nn.Parameter]], device: torch.device) -> Tensor:

@@ -34,7 +34,7 @@ from hnet.model.isotropic import Block
 
 from .checkpoint import EMA, SHARDED, TRAINER
 from .optim import Optimizers
-from .shards import full, sharded
+from .shards import all_rows, sharded
 from .weight_ema import WeightEMA
 
 PARTIAL = ".partial_sharded"
@@ -142,8 +142,8 @@ def snapshot(
     if spread:
         write_shards(root / PARTIAL, named_state(model, optimizers, ema), world)
         state = {**state, "optimizers": None, "ema": ema and {"updates": ema.updates, "average": None}}
-        weights = {k: full(v) for k, v in model.state_dict().items()}
-        average = None if ema is None else [full(a) for a in ema.average]
+        weights = {k: all_rows(v) for k, v in model.state_dict().items()}
+        average = None if ema is None else [all_rows(a) for a in ema.average]
     elif copy:
         state, model = copy_tree(state), deepcopy(model)
         average = None if ema is None else state["ema"]["average"]

@@ -11,7 +11,7 @@ from hnet.config.run import RunConfig
 from hnet.model.mamba2 import Mamba2
 from hnet.model.parameters import stage_of
 
-from .shards import like
+from .shards import spread_like
 
 
 def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
@@ -86,7 +86,7 @@ class Optimizers:
         for part, s in zip(self.parts, state, strict=True):
             kept = [{k: g[k] for k in ("lr", "peak", "weight_decay")} for g in part.param_groups]
             params = [p for g in part.param_groups for p in g["params"]]
-            moments = {i: {k: like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
+            moments = {i: {k: spread_like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
             part.load_state_dict({**s, "state": moments})
             for group, own in zip(part.param_groups, kept, strict=True):
                 group.update(own)

@@ -1,4 +1,14 @@
-"""Tensors that are spread over the processes (DTensor, with fsdp), and tensors that are not, treated alike."""
+"""Tensors that are spread over the processes by rows (DTensor, with fsdp), and tensors that are not, treated alike.
+
+                process 0    process 1                          what it gives
+    spread x    rows 0..3    rows 4..7
+                    |            |
+    local_rows  rows 0..3    rows 4..7    a plain tensor, the memory of x; sends nothing
+    all_rows    rows 0..7    rows 0..7    a plain tensor, a copy; sends: all processes must ask
+    spread_like rows 0..3    rows 4..7    the way back: of a plain tensor with all rows, which all have; sends nothing
+
+A tensor that is not spread (ddp, one process) comes back as it is from all three.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +24,19 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
-def local(x: Any) -> Tensor:
-    """The rows of x that are here, sharing its memory."""
+def local_rows(x: Any) -> Tensor:
+    """The rows of x (R, ...) that are here (r, ...), sharing its memory."""
     with torch.no_grad():
         return x.to_local() if hasattr(x, "to_local") else x
 
 
-def full(x: Any) -> Tensor:
-    """All of x, on all processes, who all must ask; on the CPU if it was spread."""
+def all_rows(x: Any) -> Tensor:
+    """All of x (R, ...) on all processes, who all must ask; on the CPU if it was spread."""
     return x.detach().full_tensor().cpu() if hasattr(x, "full_tensor") else x
 
 
-def like(x: Tensor, other: Any) -> Tensor:
-    """x, which every process has, spread as `other` is. Sends nothing. Unchanged if it has another shape."""
+def spread_like(x: Tensor, other: Any) -> Tensor:
+    """x (R, ...), which every process has, spread as `other` is. Unchanged if it has another shape."""
     if not hasattr(other, "full_tensor") or x.shape != other.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -34,5 +44,6 @@ def like(x: Tensor, other: Any) -> Tensor:
     return distribute_tensor(x.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-def all_like(state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: like(v, others[k]) if k in others else v for k, v in state.items()}
+def spread_state_like(state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`spread_like` for every name that `others` has too."""
+    return {k: spread_like(v, others[k]) if k in others else v for k, v in state.items()}

@@ -43,7 +43,7 @@ from .compression import Compression
 from .config import TrainConfig
 from .distributed import add_up, shard
 from .losses import losses
-from .shards import all_like
+from .shards import spread_state_like
 
 
 class HNetTask:
@@ -164,7 +164,7 @@ class HNetTask:
         pass
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
-        load_state(self.model, all_like(state, self.model.state_dict()), str(where))
+        load_state(self.model, spread_state_like(state, self.model.state_dict()), str(where))
 
     def state_dict(self) -> dict[str, Any]:
         return self.compression.state_dict()

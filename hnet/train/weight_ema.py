@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .shards import like, local
+from .shards import local_rows, spread_like
 
 
 class WeightEMA:
@@ -43,8 +43,8 @@ class WeightEMA:
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         for mine, average in zip(self.average, state["average"] or self.average, strict=True):
-            mine.copy_(like(average, mine))
+            mine.copy_(spread_like(average, mine))
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return [local(t).detach() for t in tensors]
+    return [local_rows(t).detach() for t in tensors]

@@ -19,7 +19,7 @@ from hnet.train.checkpoint import latest_checkpoint
 from hnet.train.config import TrainConfig
 from hnet.train.distributed import finish, named_state
 from hnet.train.loop import Trainer
-from hnet.train.shards import full
+from hnet.train.shards import all_rows
 
 from .test_resume import NOT_EXACT, equal, same_runs
 
@@ -39,7 +39,7 @@ RUN = {"rate_control": "bias", "weight_ema": 0.9, "dropout": 0.1, "dtype": "fp32
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     weights = {f"weight/{n}": p for n, p in trainer.model.named_parameters()}
     tensors = {**weights, **named_state(trainer.model, trainer.optimizers, trainer.ema)}
-    return {k: full(v).detach().clone() for k, v in tensors.items()}
+    return {k: all_rows(v).detach().clone() for k, v in tensors.items()}
 
 
 def work(jobs: str, results: str) -> None:
