@@ -132,45 +132,40 @@ def snapshot(
     """A function that writes the model and the trainer state of now into a folder below `root`; with `copy` training
     may go on before it is called. All processes call this, and one of them what it returns.
 
-    With fsdp, optimiser state and weight average are written here, by all processes, and only moved into the folder.
+    With fsdp, the optimiser state is written here, by all processes, and only moved into the folder.
 
     Raises:
         OSError: fsdp, and one process could not write; on all processes.
     """
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    spread, weights, average = sharded(model), None, None if ema is None else ema.average
+    spread, weights, average = sharded(model), None, None if ema is None else ema.named()
     if spread:
-        write_shards(root / PARTIAL, named_state(model, optimizers, ema), world)
-        state = {**state, "optimizers": None, "ema": ema and {"updates": ema.updates, "average": None}}
+        write_shards(root / PARTIAL, named_state(model, optimizers), world)
+        state = {**state, "optimizers": None}
         weights = {k: all_rows(v) for k, v in model.state_dict().items()}
-        average = None if ema is None else [all_rows(a) for a in ema.average]
+        average = average and {k: all_rows(v) for k, v in average.items()}
     elif copy:
-        state, model = copy_tree(state), deepcopy(model)
-        average = None if ema is None else state["ema"]["average"]
+        state, model, average = copy_tree(state), deepcopy(model), copy_tree(average)
 
     def write(folder: Path) -> None:
         if spread:
-            save_pretrained(model, folder, weights)
             os.rename(root / PARTIAL, folder / SHARDED)
+            save_pretrained(model, folder, weights)
         else:
             model.save_pretrained(folder)
         torch.save(state, folder / TRAINER)
         if average is not None:
             from safetensors.torch import save_file
 
-            save_file({n: a.contiguous() for n, a in zip(names, average, strict=True)}, str(folder / EMA))
+            save_file({k: v.contiguous() for k, v in average.items()}, str(folder / EMA))
 
     return write
 
 
-def named_state(model: nn.Module, optimizers: Optimizers, ema: WeightEMA | None) -> dict[str, Tensor]:
-    """Optimiser state and weight average by kind and parameter: "exp_avg/lm_head.weight"."""
+def named_state(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Optimiser state by kind and parameter: "exp_avg/lm_head.weight"."""
     names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     moments = (item for part in optimizers.parts for item in part.state.items())
-    out = {f"{kind}/{names[p]}": v for p, values in moments for kind, v in values.items()}
-    if ema is not None:
-        out |= {f"ema/{names[p]}": a for p, a in zip(ema.parameters, ema.average, strict=True)}
-    return out
+    return {f"{kind}/{names[p]}": v for p, values in moments for kind, v in values.items()}
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
@@ -188,13 +183,15 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None
         raise
 
 
-def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers, ema: WeightEMA | None) -> None:
-    """Optimiser state and weight average as `write_shards` left them, for any number of processes, sharded or not."""
+def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Optimiser state as `write_shards` left it, for any number of processes, sharded or not."""
     import torch.distributed.checkpoint as dcp
 
     named = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for key, meta in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        if key.startswith("ema/"):  # written here too by earlier versions
+            continue
         p = named[key.partition("/")[2]]
         size = meta.size  # type: ignore[union-attr]
         tensors[key] = torch.zeros_like(p.detach()) if size == p.shape else torch.zeros(size, device=p.device)
@@ -204,10 +201,7 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers, ema: Wei
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        if kind != "ema":
-            states.setdefault(named[name], {})[kind] = value
-        elif ema is not None:
-            ema.average[[p is named[name] for p in ema.parameters].index(True)].copy_(value)
+        states.setdefault(named[name], {})[kind] = value
     for part in optimizers.parts:
         part.state.clear()
         part.state.update({p: states[p] for g in part.param_groups for p in g["params"] if p in states})

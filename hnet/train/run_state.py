@@ -11,6 +11,7 @@ import torch
 
 from hnet.config.run import RunConfig
 from hnet.device import World
+from hnet.model.checkpoint_format import read_weights
 
 from . import checkpoint, distributed
 from .optim import Optimizers
@@ -67,7 +68,7 @@ class RunState:
         return {
             "step": self.step, "bytes": self.bytes, "seconds": self.seconds,
             "optimizers": self.optimizers.state_dict(), "task": self.task.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.ema is None else {"updates": self.ema.updates},
             "rng": distributed.gather((rng, cuda), self.world),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }  # fmt: skip
@@ -98,9 +99,13 @@ class RunState:
     def _load_model(self, path: Path, state: dict[str, Any]) -> None:
         self.task.load_weights(checkpoint.load_weights(path), path)
         if state["optimizers"] is None:
-            distributed.load_shards(path / checkpoint.SHARDED, self.task.model, self.optimizers, self.ema)
+            distributed.load_shards(path / checkpoint.SHARDED, self.task.model, self.optimizers)
         else:
             self.optimizers.load_state_dict(state["optimizers"])
         self.task.load_state_dict(state["task"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.ema is None:
+            return
+        if state["ema"] is None:  # the checkpoint is of a run without
+            self.ema.restart()
+        else:
+            self.ema.load(state["ema"]["updates"], read_weights(path / checkpoint.EMA))

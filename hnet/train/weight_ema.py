@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,8 +16,10 @@ class WeightEMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names = list(named)
+        self.parameters: list[Tensor] = list(named.values())
+        self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -37,13 +39,21 @@ class WeightEMA:
         finally:
             torch._foreach_copy_(weights, current)
 
-    def state_dict(self) -> dict[str, Tensor | int | list[Tensor]]:
-        return {"updates": self.updates, "average": self.average}
+    def named(self) -> dict[str, Tensor]:
+        """The average of every parameter; spread over the processes as the parameter is."""
+        return dict(zip(self.names, self.average, strict=True))
 
-    def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for mine, average in zip(self.average, state["average"] or self.average, strict=True):
-            mine.copy_(spread_like(average, mine))
+    @torch.no_grad()
+    def load(self, updates: int, average: Mapping[str, Tensor]) -> None:
+        """Go on from `updates` and, by name, the average of each parameter, whole on every process."""
+        self.updates = updates
+        for name, mine in self.named().items():
+            mine.copy_(spread_like(average[name], mine))
+
+    def restart(self) -> None:
+        """Begin from the weights of now, as if they were the first."""
+        self.updates = 0
+        torch._foreach_copy_(_local(self.average), _local(self.parameters))
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hnet import HNetForCausalLM
-from hnet.train.checkpoint import Background, latest_checkpoint, list_checkpoints
+from hnet.train.checkpoint import Background, latest_checkpoint, list_checkpoints, load_trainer
 from hnet.train.loop import Trainer
 
 
@@ -74,6 +75,34 @@ def test_weight_average_is_saved_and_evaluated(run, config):
     assert any(not torch.equal(average[k], weights[k]) for k in average)
     row = json.loads((Path(config.out) / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["ema_val_ce"] != row["val_ce"]
+
+
+def test_weight_average_is_written_once_and_that_of_earlier_versions_is_read(run, config):
+    """They had it in trainer.pt as well, as a list."""
+    c = dataclasses.replace(config, weight_ema=0.9)
+    path = run / "step_00000008"
+    state = load_trainer(path)
+    assert state["ema"] == {"updates": 8}
+    average = load_file(path / "ema.safetensors")
+    resumed = Trainer(c, resume=True)
+    assert all(torch.equal(a, average[n]) for n, a in resumed.ema.named().items())
+
+    names = [n for n, p in resumed.model.named_parameters() if p.requires_grad]
+    torch.save({**state, "ema": {"updates": 8, "average": [average[n] for n in names]}}, path / "trainer.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = (path / "trainer.pt").read_bytes()
+    manifest["trainer.pt"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    old = Trainer(c, resume=True)
+    assert old.ema.updates == 8
+    assert all(torch.equal(a, average[n]) for n, a in old.ema.named().items())
+
+
+def test_a_weight_average_that_begins_at_a_resume_begins_at_the_weights(config):
+    Trainer(config).train()
+    trainer = Trainer(dataclasses.replace(config, weight_ema=0.9), resume=True)
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(a, weights[n]) for n, a in trainer.ema.named().items())
 
 
 def test_errors_of_a_background_save_surface():

@@ -38,7 +38,8 @@ RUN = {"rate_control": "bias", "weight_ema": 0.9, "dropout": 0.1, "dtype": "fp32
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     weights = {f"weight/{n}": p for n, p in trainer.model.named_parameters()}
-    tensors = {**weights, **named_state(trainer.model, trainer.optimizers, trainer.ema)}
+    average = {} if trainer.ema is None else {f"ema/{n}": a for n, a in trainer.ema.named().items()}
+    tensors = {**weights, **named_state(trainer.model, trainer.optimizers), **average}
     return {k: all_rows(v).detach().clone() for k, v in tensors.items()}
 
 
