@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from hnet.data.corpus import Corpus
 from hnet.data.sources import open_data
 from hnet.device import World
+from hnet.disk import replacing
 from hnet.errors import UserError
 from hnet.events import Event
 from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
@@ -113,9 +113,8 @@ class ChunkLMTask:
             "model": read_weights(checkpoint / WEIGHTS), "config": config.to_dict(), "step": step,
             "epoch": self.curriculum.epoch(step), "cutoff": config.cutoff,
         }  # fmt: skip
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            torch.save(state, file)
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
         load_state(self.model, state, str(where))

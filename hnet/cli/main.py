@@ -60,15 +60,13 @@ def train(config: str | None, resume: str | None, dry_run: bool, **options: Any)
     """Train a model. CONFIG is a TOML file with the keys below; a flag beats the file, the file beats the default.
     Many processes: torchrun --nproc-per-node N -m hnet train ..."""
     from hnet.train import distributed
-    from hnet.train.checkpoint import list_checkpoints
     from hnet.train.loop import Trainer
 
     flags = given(options)
-    if config is None and resume not in (None, "auto"):
-        config = str(Path(flags.get("out", TrainConfig().out)) / "config.toml")
+    if config is None and resume is not None:
+        saved = Path(flags.get("out", TrainConfig().out)) / "config.toml"
+        config = str(saved) if resume != "auto" or saved.is_file() else None
     values = TrainConfig(**{**(read_toml(config, TrainConfig) if config else {}), **flags})
-    if resume == "auto":
-        resume = "latest" if list_checkpoints(Path(values.out) / "checkpoints") else None
     if dry_run:
         from hnet.train.dry_run import report
 

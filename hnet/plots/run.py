@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hnet.disk import replacing
 from hnet.errors import MissingPath, UserError, user_path
 from hnet.metrics_log import read_metrics
 
@@ -87,7 +88,8 @@ def plot_rows(rows: list[Row], out_dir: Path) -> list[Path]:
             written.append(out_dir / name)
             with user_path(written[-1], "write"):
                 out_dir.mkdir(parents=True, exist_ok=True)
-                figure.savefig(written[-1])
+                with replacing(written[-1]) as unfinished:
+                    figure.savefig(unfinished)
     return written
 
 

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hnet.config.run import RunConfig
 from hnet.device import World
+from hnet.disk import full_disk
 from hnet.errors import UserError
 from hnet.model.checkpoint_format import save_pretrained
 from hnet.model.isotropic import Block
@@ -135,7 +136,7 @@ def snapshot(
     With fsdp, the optimiser state is written here, by all processes, and only moved into the folder.
 
     Raises:
-        OSError: fsdp, and one process could not write; on all processes.
+        OSError: fsdp, and one process could not write; on all processes, and with nothing left behind.
     """
     spread, weights, average = sharded(model), None, None if ema is None else ema.named()
     if spread:
@@ -152,7 +153,8 @@ def snapshot(
             save_pretrained(model, folder, weights)
         else:
             model.save_pretrained(folder)
-        torch.save(state, folder / TRAINER)
+        with (folder / TRAINER).open("wb") as f:  # given a path, torch.save loses the reason why a write failed
+            torch.save(state, f)
         if average is not None:
             from safetensors.torch import save_file
 
@@ -176,7 +178,12 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None
     barrier(world)
     try:
         dcp.save(tensors, checkpoint_id=folder)
-    except dcp.api.CheckpointException as e:  # all processes have the errors of all
+    except dcp.api.CheckpointException as e:  # on all processes, but what caused an error only where it happened
+        code = max(gather(full_disk(e), world))
+        if world.main:
+            shutil.rmtree(folder, ignore_errors=True)
+        if code:
+            raise OSError(code, os.strerror(code), str(folder)) from e
         for error, _ in e.failures.values():
             if isinstance(error, OSError):
                 raise error from None

@@ -9,11 +9,13 @@ from typing import Any
 from rich.text import Text
 
 from hnet.config.run import RunConfig
+from hnet.disk import full_disk, replacing
 from hnet.errors import user_path
 from hnet.events import Event
 
+from .branches import METRICS, SAMPLES, Abandoned
 from .console import TrainConsole
-from .metrics import MetricsFile, truncate_metrics
+from .metrics import MetricsFile
 
 
 class Journal:
@@ -29,11 +31,13 @@ class Journal:
         c = self.config
         if self.main:
             with user_path(self.out, "write"):
-                (self.out / "samples").mkdir(parents=True, exist_ok=True)
-                (self.out / "config.toml").write_text(c.to_toml())
-            path = self.out / "metrics.jsonl"
-            truncate_metrics(path, self.done)
-            self.metrics = MetricsFile(path, tensorboard=c.tensorboard, wandb=c.wandb, config=dataclasses.asdict(c))
+                (self.out / SAMPLES).mkdir(parents=True, exist_ok=True)
+                with replacing(self.out / "config.toml") as partial:
+                    partial.write_text(c.to_toml())
+                self.metrics = MetricsFile(
+                    self.out / METRICS, done=self.done, tensorboard=c.tensorboard, wandb=c.wandb,
+                    config=dataclasses.asdict(c),
+                )  # fmt: skip
         self.console.__enter__()
         return self
 
@@ -41,6 +45,8 @@ class Journal:
         self.console.__exit__(*exc)
         if self.metrics is not None:
             self.metrics.close()
+            if lost := len(self.metrics.waiting):
+                self.say(f"{lost} rows of {self.out / METRICS} are lost: the disk is full")
 
     def say(self, text: str) -> None:
         self.console.say(text)
@@ -48,15 +54,32 @@ class Journal:
     def row(self, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         if self.metrics is not None:
-            self.metrics.write(row)
+            full = bool(self.metrics.waiting)
+            if not self.metrics.write(row) and not full:
+                self.event(row["step"], Event("disk_full", f"no room for {METRICS}: its rows wait until there is"))
 
     def event(self, step: int, event: Event) -> None:
         self.console.event(event.line or f"step {step}: {event.message}")
         self.row({"step": step, "event": event.name, "message": event.message})
 
+    def abandoned(self, left: Abandoned | None) -> None:
+        """Say what was moved aside; an event only where checkpoints were, not after a crash."""
+        if left is not None:
+            message = f"going on from step {self.done}; later {left}"
+            if left.checkpoints:
+                self.event(self.done, Event("abandoned", message, line=message))
+            else:
+                self.say(message)
+
     def sample(self, step: int, text: str, picture: Text) -> None:
         """A text to keep and, on a terminal, one to look at."""
-        (self.out / "samples" / f"step_{step:08d}.txt").write_text(text)
+        try:
+            with replacing(self.out / SAMPLES / f"step_{step:08d}.txt") as partial:
+                partial.write_text(text)
+        except OSError as e:
+            if not full_disk(e):
+                raise
+            self.event(step, Event("disk_full", f"no room for the sample of step {step}"))
         self.console.show(picture)
 
     def plots(self) -> None:
@@ -66,3 +89,7 @@ class Journal:
             plot_run(self.out)
         except ImportError as e:
             self.say(f"no plots: {e}")
+        except OSError as e:
+            if not full_disk(e):
+                raise
+            self.say("no plots: the disk is full")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 import hnet_kernels as hk
 from hnet.config.run import RunConfig
 from hnet.device import out_of_memory, pick_autocast, pick_device
-from hnet.errors import PathError, PathTaken, RunFailed
+from hnet.errors import RunFailed
 from hnet.events import Event
 from hnet.model.cost import peak_flops
 from hnet.plateau import Plateau
@@ -54,7 +53,8 @@ class Trainer:
 
     Args:
         config: validated here, before anything is written.
-        resume: False; True or "latest" for the latest checkpoint of config.out; or the path of one.
+        resume: False; True or "latest" for the latest checkpoint of config.out; "auto": the same, or a fresh start
+            where there is none; or the path of one. What config.out holds of later steps is moved to its abandoned/.
         make_task: builds what is trained. Default: an H-Net.
     """
 
@@ -93,11 +93,8 @@ class Trainer:
         self.mark: float | None = None  # when the last step was finished; None after a pause
         self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
-        if resume:
-            latest = resume in (True, "latest")
-            self.state.load(checkpoint.latest_checkpoint(self.state.root) if latest else Path(str(resume)))
-        elif (self.out / "metrics.jsonl").exists():
-            raise PathTaken(f"{self.out} already holds a run: resume it with --resume, or choose another --out")
+        if path := self.state.find(resume):
+            self.state.load(path)
         self.replica = distributed.replicate(self.model, config, self.world)
         distributed.barrier(self.world)  # nobody writes before all have looked
 
@@ -224,7 +221,9 @@ class Trainer:
         self.journal = Journal(c, self.step, main=self.world.main, plain=not self.task.prints)
         profiler = self._profiler()
         try:
+            left = self.state.set_aside(self.stopping.best_step)
             with self.journal:
+                self.journal.abandoned(left)
                 try:
                     result = self._run(profiler)
                 except (RuntimeError, MemoryError) as e:
@@ -334,18 +333,13 @@ class Trainer:
 
     def _save_and_report(self, last: bool) -> None:
         """Save; a full disk costs this checkpoint, not the run, unless it is the last."""
-        try:
-            self.save()
-            if last:
-                self.state.background.wait()
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            message = f"checkpoint of step {self.step} not written ({e.strerror}); the one before it is intact"
-            with suppress(OSError):  # the same disk
-                self.journal.event(self.step, Event("disk_full", message))
-            if last:
-                raise PathError(message) from e
+        for job in (self.save, self.state.background.wait) if last else (self.save,):
+            try:
+                job()
+            except checkpoint.NotWritten as e:  # with async_checkpoints perhaps of the save before
+                self.journal.event(self.step, Event("disk_full", str(e)))
+                if last and e.step == self.step:
+                    raise
 
     def _interrupt(self, *_: object) -> None:
         if self.interrupted:  # a second Ctrl-C does not wait for the step to end

@@ -1,3 +1,5 @@
+import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -32,3 +34,30 @@ def tiny(out: Path) -> TrainConfig:
 @pytest.fixture
 def config(tmp_path):
     return tiny(tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 48 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, left: int = 0) -> None:
+    """Leave `left` bytes, to a page."""
+    (disk / "ballast").unlink(missing_ok=True)
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(max(free - left, 0)))
+
+
+def make_room(disk: Path) -> None:
+    (disk / "ballast").unlink()

@@ -15,12 +15,15 @@ import torch
 
 from hnet import HNetForCausalLM
 from hnet.data.packing import Batch, PackStream
-from hnet.train.checkpoint import latest_checkpoint
+from hnet.errors import RunFailed
+from hnet.metrics_log import read_metrics
+from hnet.train.checkpoint import latest_checkpoint, verify
 from hnet.train.config import TrainConfig
 from hnet.train.distributed import finish, named_state
 from hnet.train.loop import Trainer
 from hnet.train.shards import all_rows
 
+from .conftest import fill, make_room, tiny
 from .test_resume import NOT_EXACT, equal, same_runs
 
 ROOT = Path(__file__).parents[2]
@@ -45,32 +48,57 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def work(jobs: str, results: str) -> None:
     for job in json.loads(Path(jobs).read_text()):
-        trainer = Trainer(TrainConfig(**job["config"]), resume=job.get("resume", False))
-        rank, launch, rows = trainer.world.rank, trainer.start_step, []
-        at = {int(step): what for step, what in job.get("at", {}).items()}
+        error = ""
+        try:
+            do(job, results)
+        except (RunFailed, OSError) as e:
+            if "fails" not in job:
+                raise
+            error = f"{type(e).__name__}: {e}"
+        if "fails" in job:
+            (Path(results) / f"{job['name']}.{os.environ['RANK']}.error").write_text(error)
 
-        def report(row, events, rows=rows, trainer=trainer):
-            rows.append({k: v for k, v in row.items() if k not in NOT_EXACT})
-            Trainer._report(trainer, row, events)
 
-        def step(at=at, rank=rank, launch=launch, trainer=trainer):
-            what = at.get(trainer.step)
-            if what == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if what == "interrupt" and rank == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            if what == "raise" and rank == 1:
-                raise ValueError("something is wrong on one process")
-            return launch()
+def do(job: dict, results: str) -> None:
+    rank = int(os.environ["RANK"])
+    if "out_by_process" in job:
+        job["config"]["out"] = job["out_by_process"][rank]
+    if "resume_by_process" in job:
+        job["resume"] = job["resume_by_process"][rank]
+    trainer = Trainer(TrainConfig(**job["config"]), resume=job.get("resume", False))
+    launch, rows = trainer.start_step, []
+    at = {int(step): what for step, what in job.get("at", {}).items()}
 
-        trainer.start_step, trainer._report = step, report
-        if job["do"] == "step":
-            rows.append(trainer.train_step())
-        elif job["do"] == "train":
-            trainer.train()
-        bias = [s.logit_bias for s in trainer.task.compression.stages]
-        found = {"rows": rows, "bias": bias, "state": state_of(trainer)}
-        torch.save(found, Path(results) / f"{job['name']}.{rank}.pt")
+    def report(row, events, rows=rows, trainer=trainer):
+        rows.append({k: v for k, v in row.items() if k not in NOT_EXACT})
+        Trainer._report(trainer, row, events)
+
+    def step(at=at, rank=rank, launch=launch, trainer=trainer):
+        what = at.get(trainer.step)
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "interrupt" and rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        if what == "raise" and rank == 1:
+            raise ValueError("something is wrong on one process")
+        if what == "fill" and rank == 0:
+            fill(Path(job["disk"]), job["left"])
+        if what == "make room" and rank == 0:
+            make_room(Path(job["disk"]))
+        if what == "roll back":
+            trainer.state.roll_back()
+        return launch()
+
+    trainer.start_step, trainer._report = step, report
+    if job["do"] == "step":
+        rows.append(trainer.train_step())
+    elif job["do"] == "train":
+        trainer.train()
+    if "fails" in job:  # perhaps on one process alone
+        return
+    bias = [s.logit_bias for s in trainer.task.compression.stages]
+    found = {"rows": rows, "bias": bias, "state": state_of(trainer)}
+    torch.save(found, Path(results) / f"{job['name']}.{rank}.pt")
 
 
 if __name__ == "__main__":
@@ -124,8 +152,6 @@ def one_thread():
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, one_thread):
     """(folder, base config): every job that ends by itself, in one pair of processes."""
-    from .conftest import tiny
-
     folder = tmp_path_factory.mktemp("two")
     base = tiny(folder / "run")
     alone = Trainer(dataclasses.replace(base, **RUN, out=str(folder / "alone")))  # unsharded, for fsdp to start from
@@ -142,6 +168,7 @@ def ran(tmp_path_factory, one_thread):
         jobs.append(job(f"stopped-{p}", c, "train", at={2: "interrupt"}))
     c = dataclasses.replace(base, **RUN, parallel="fsdp", out=str(folder / "alone"))
     jobs.append(job("spread", c, "load", resume="latest"))
+    jobs += agreeing(folder, base)
     assert run(folder, jobs) == [0, 0]
     return folder, base
 
@@ -247,6 +274,60 @@ def test_a_sharded_checkpoint_is_read_by_one_process_and_by_three(ran, tmp_path)
 def test_a_sharded_run_starts_from_an_unsharded_checkpoint(ran):
     folder, _ = ran
     equal(torch.load(folder / "alone.pt", weights_only=True), found(folder, "spread", 1)["state"])
+
+
+def test_a_full_disk_costs_a_checkpoint_on_all_processes(tmp_path, small_disk):
+    """Once where all write (no room at all), once where one does (room for the shards alone); then the last save."""
+    base = dataclasses.replace(tiny(tmp_path), parallel="fsdp", weight_ema=0.9, steps=4, checkpoint_every=2)
+    jobs = []
+    for left in (0, 3 << 20):
+        c = dataclasses.replace(base, out=str(small_disk / f"run{left}"))
+        at = {1: "fill", 3: "make room"}
+        jobs.append(job(f"goes-on{left}", c, "train", at=at, disk=str(small_disk), left=left))
+    c = dataclasses.replace(base, out=str(small_disk / "last"))
+    jobs.append(job("last", c, "train", at={3: "fill"}, disk=str(small_disk), left=3 << 20, fails=True))
+    assert run(tmp_path, jobs) == [0, 0]
+    for left in (0, 3 << 20):
+        root = small_disk / f"run{left}" / "checkpoints"
+        assert sorted(p.name for p in root.iterdir()) == ["best", "step_00000004"]
+        verify(root / "step_00000004")
+        rows = read_metrics(root.parent / "metrics.jsonl")
+        assert [r["step"] for r in rows if "event" not in r] == list(range(5))
+        assert "checkpoint of step 2 not written" in next(r for r in rows if r.get("event") == "disk_full")["message"]
+        equal(*(found(tmp_path, f"goes-on{left}", rank)["state"] for rank in (0, 1)))
+    assert [p.name for p in (small_disk / "last" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert "NotWritten: checkpoint of step 4 not written" in (tmp_path / "last.0.error").read_text()
+
+
+def agreeing(folder: Path, base: TrainConfig) -> list[dict]:
+    """Directories that only one process sees; and a run killed before its first checkpoint."""
+    base = dataclasses.replace(base, steps=4, checkpoint_every=2, out=str(folder / "killed"))
+    apart = [str(folder / "node0"), str(folder / "node1")]
+    (folder / "killed").mkdir()
+    (folder / "killed" / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    local = [f"{out}/checkpoints/step_00000002" for out in apart]
+    return [
+        job("back", base, "train", at={3: "roll back"}, out_by_process=apart, fails=True),
+        job("latest", base, "load", resume="auto", out_by_process=apart, fails=True),
+        job("path", base, "load", resume_by_process=local, out_by_process=apart, fails=True),
+        job("fresh", base, "train", resume="auto"),
+        job("again", base, "load", resume="auto"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["back", "latest", "path"])
+def test_processes_that_see_different_checkpoints_stop(ran, name):
+    for rank in (0, 1):
+        error = (ran[0] / f"{name}.{rank}.error").read_text()
+        assert error.startswith("RunFailed: the processes see different checkpoints in ")
+        assert error.endswith("process 0 sees step_00000002; process 1 sees none")
+
+
+def test_auto_starts_all_processes_afresh_where_a_run_was_killed_before_its_first_checkpoint(ran):
+    folder = ran[0] / "killed"
+    assert [r["step"] for r in found(ran[0], "fresh", 1)["rows"]] == [1, 2, 3, 4]
+    assert read_metrics(folder / "abandoned" / "from_step_00000000_1" / "metrics.jsonl")[-1]["step"] == 1
+    equal(found(ran[0], "fresh", 0)["state"], found(ran[0], "again", 1)["state"])
 
 
 def test_an_error_of_one_process_ends_the_others(ran, tmp_path):

@@ -119,8 +119,8 @@ def test_disk_full_costs_one_checkpoint(config, monkeypatch):
     trainer = Trainer(config)
     save = torch.save
 
-    def full(state, path):
-        Path(path).write_bytes(b"half of it")
+    def full(state, file):
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
     before_step(trainer, 6, lambda: monkeypatch.setattr("hnet.train.distributed.torch.save", full))

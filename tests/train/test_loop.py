@@ -12,7 +12,6 @@ from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, list_checkpoints
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
-from hnet.train.metrics import truncate_metrics
 
 
 def metrics(config):
@@ -128,13 +127,6 @@ def test_a_resumed_run_takes_a_changed_learning_rate(config):
     Trainer(config).train()
     changed = dataclasses.replace(config, steps=9, learning_rate=5e-4)
     assert Trainer(changed, resume=True).train_step()["stage1/lr"] == pytest.approx(5e-4)
-
-
-def test_truncate_metrics(tmp_path):
-    path = tmp_path / "m.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    truncate_metrics(path, 2)
-    assert [r["step"] for r in read_metrics(path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
