@@ -135,6 +135,6 @@ def test_global_over_two_processes_equals_one():
         subprocess.Popen([sys.executable, "-c", WORKER, str(i), port], env=env, stdout=subprocess.PIPE)
         for i in range(2)
     ]
-    outputs = [w.communicate(timeout=120)[0] for w in workers]
+    outputs = [w.communicate(timeout=600)[0] for w in workers]
     assert [w.returncode for w in workers] == [0, 0]
     assert all(b"agrees" in out for out in outputs)

@@ -126,7 +126,7 @@ def run(folder: Path, jobs: list[dict], processes: int = 2) -> list[int]:
         for r in range(processes)
     ]  # fmt: skip
     try:
-        return [p.wait(timeout=120) for p in started]
+        return [p.wait(timeout=600) for p in started]
     finally:
         for p in started:
             p.kill()
@@ -356,6 +356,6 @@ def test_torchrun(config):
     path.write_text(config.to_toml())
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hnet", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *command, str(path)], env=environment, cwd=ROOT, timeout=120)
+    result = subprocess.run([sys.executable, *command, str(path)], env=environment, cwd=ROOT, timeout=600)
     assert result.returncode == 0
     HNetForCausalLM.from_pretrained(latest_checkpoint(Path(config.out) / "checkpoints"))
