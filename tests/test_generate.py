@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hnet import EOS, HNetConfig, HNetForCausalLM
+from hnet import BOS, EOS, HNetConfig, HNetForCausalLM
 from hnet.generate import generate, stream
 from hnet.generate.engine import stream_text
 from hnet.generate.sampling import SamplingConfig, nucleus, penalise, sample
@@ -64,6 +64,14 @@ def test_stops_at_eos_without_yielding_it():
     m = Scripted(b"hi" + bytes([EOS]) + b"never")
     assert generate(m, ["a", "b"], max_new_bytes=50) == [b"hi", b"hi"]
     assert generate(Scripted(b"hi" + bytes([EOS]) + b"!!"), "a", max_new_bytes=5, stop_at_eos=False) == [b"hi\xff!!"]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {}, {"top_p": 0.9, "repetition_penalty": 2.0}])
+def test_bos_is_never_generated(sampling):
+    """By a model that gives it all but e^-60 of the probability."""
+    new = generate(Scripted(bytes([BOS]) * 40), ["a", "b"], max_new_bytes=40, seed=0, stop_at_eos=False, **sampling)
+    assert [len(text) for text in new] == [40, 40]
+    assert not any(BOS in text for text in new)
 
 
 def test_streamed_text_never_breaks_a_character():

@@ -49,6 +49,7 @@ class ChunkLMTask:
         self.curriculum = config.make_curriculum()
         self.model.set_cutoff(self.curriculum.cutoff)
         self.losses: list[float] = []  # of this epoch
+        self.unprinted: list[float] = []  # since the last line
 
     def loss(self, model: nn.Module, batch: Windows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         smoothing = self.config.label_smoothing if model.training else 0.0
@@ -64,21 +65,25 @@ class ChunkLMTask:
 
     def observe(self, row: dict[str, Any]) -> list[Event]:
         self.losses.append(row["ce"])
-        events = self.curriculum.observe(row["step"], row["ce"], row["lr"] / self.config.learning_rate)
+        events = self.curriculum.observe(row["step"], row["ce"], row["lr"] / self.config.peak(row["step"] - 1))
         self.model.set_cutoff(self.curriculum.cutoff)
         return events
 
     def lines(self, row: dict[str, Any]) -> list[str]:
-        """What is printed of a finished step."""
+        """What is printed after a finished step; its loss is the mean since the last line."""
         c, out = self.config, []
         at = (row["step"] - 1) % c.steps_per_epoch + 1
+        self.unprinted.append(row["loss"])
         if at % c.log_every == 0:
             rate = f"{row['lr']:.1e}".replace("e-0", "e-")
-            out.append(f"  step {at}/{c.steps_per_epoch} loss={row['loss']:.2f} lr={rate} cutoff={row['cutoff']}")
+            mean = sum(self.unprinted) / len(self.unprinted)
+            out.append(f"  step {at}/{c.steps_per_epoch} loss={mean:.2f} lr={rate} cutoff={row['cutoff']}")
+            self.unprinted.clear()
         if at == c.steps_per_epoch and self.losses:
             mean = sum(self.losses) / len(self.losses)
             out.append(f"Epoch {row['epoch']} avg_loss={mean:.2f} cutoff={row['cutoff']}/{self.model.bins}")
             self.losses.clear()
+            self.unprinted.clear()
         return out
 
     @torch.no_grad()
@@ -120,9 +125,9 @@ class ChunkLMTask:
         load_state(self.model, state, str(where))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curriculum": self.curriculum.state_dict(), "losses": list(self.losses)}
+        return {"curriculum": self.curriculum.state_dict(), "losses": list(self.losses), "unprinted": [*self.unprinted]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.curriculum.load_state_dict(state["curriculum"])
-        self.losses = list(state["losses"])
+        self.losses, self.unprinted = list(state["losses"]), list(state.get("unprinted", []))
         self.model.set_cutoff(self.curriculum.cutoff)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hnet.config.keys import key
+from hnet.config.keys import check, fields, key
 from hnet.config.run import RunConfig
 from hnet.errors import UserError
 
 from .config import ChunkLMConfig
 from .curriculum import Curriculum
-
-STAGES = {0: 0.1, 2: 0.1, 5: 0.05}  # epoch: where the cosine that begins there ends
 
 
 @dataclass
@@ -38,10 +36,18 @@ class ChunkLMTrainConfig(RunConfig):
     dropout: float = key(0.1, "dropout", low=0, high=0.99999)
     schedule: str = key(
         "restarts",
-        "restarts: a cosine for epochs 0-1 (to 0.1), 2-4 (to 0.1) and 5 on (to 0.05), back to the peak at every raise "
-        "of the cutoff; or wsd, cosine, constant, plateau",
+        "restarts: a cosine for each of three stages, back to its peak at every raise of the cutoff; or wsd, cosine, "
+        "constant, plateau",
         choices=("restarts", "wsd", "cosine", "constant", "plateau"),
     )
+    stage1_epochs: int = key(2, "restarts: epochs of the first stage", low=1)
+    stage2_epochs: int = key(3, "restarts: epochs of the second stage; the third lasts to the end", low=1)
+    stage1_lr_mult: float = key(1.0, "restarts: peak of the first stage, as a share of learning_rate", low=0)
+    stage2_lr_mult: float = key(1.0, "restarts: peak of the second stage", low=0)
+    stage3_lr_mult: float = key(1.0, "restarts: peak of the third stage", low=0)
+    stage1_min_mult: float = key(0.1, "restarts: where the first stage ends, as a share of learning_rate", low=0)
+    stage2_min_mult: float = key(0.1, "restarts: where the second stage ends", low=0)
+    stage3_min_mult: float = key(0.05, "restarts: where the third stage ends", low=0)
     warmup_steps: int = key(0, "linear warm-up", low=0)
     curriculum: str = key(
         "plateau",
@@ -55,11 +61,20 @@ class ChunkLMTrainConfig(RunConfig):
     eval_every: int = key(0, "steps between held-out evaluations; 0: every epoch", low=0)
     checkpoint_every: int = key(0, "steps between checkpoints; 0: every epoch", low=0)
 
+    def __post_init__(self) -> None:
+        if self.ckpt and self.out == "runs/chunk_lm":
+            self.out = str(Path(self.ckpt).with_suffix(""))
+
     def model(self) -> ChunkLMConfig:
         return ChunkLMConfig(
             d_model=self.width, n_layers=self.n_layers, seq_len=self.seq_len, kernel_len=self.kernel_len,
             chunk=self.chunk, dropout=self.dropout, causal=self.causal, spectral_state=self.spectral_state,
         )  # fmt: skip
+
+    def peak(self, step: int) -> float:
+        """Learning rate that a restart at 0-based `step` returns to."""
+        stage = sum(round(at * self.steps) <= step for at in self.restart_at) - 1
+        return self.learning_rate * (self.restart_peak[stage] if self.restart_peak else 1.0)
 
     def make_curriculum(self) -> Curriculum:
         bins = self.model().bins
@@ -75,17 +90,25 @@ class ChunkLMTrainConfig(RunConfig):
         Raises:
             ValueError: a value out of range, naming the key.
         """
-        if self.ckpt and self.out == "runs/chunk_lm":
-            self.out = str(Path(self.ckpt).with_suffix(""))
         if self.ckpt and Path(self.ckpt) == Path(self.out):
             raise UserError(f"ckpt must be a file beside the run directory, like {self.out}.pt, got {self.ckpt!r}")
-        self.steps = self.steps or self.epochs * self.steps_per_epoch
-        self.eval_every = self.eval_every or self.steps_per_epoch
-        self.checkpoint_every = self.checkpoint_every or self.steps_per_epoch
+        for f in fields(type(self)):
+            check(f, getattr(self, f.name))
+        self.derive(
+            steps=self.steps or self.epochs * self.steps_per_epoch,
+            eval_every=self.eval_every or self.steps_per_epoch,
+            checkpoint_every=self.checkpoint_every or self.steps_per_epoch,
+        )
         if self.schedule == "restarts" and self.restart_at == [0.0]:
-            stages = {e * self.steps_per_epoch / self.steps: low for e, low in STAGES.items()}
-            self.restart_at = [at for at in stages if at < 1]
-            self.restart_min = [stages[at] for at in self.restart_at]
+            begins = [0, self.stage1_epochs, self.stage1_epochs + self.stage2_epochs]
+            at = [e * self.steps_per_epoch / self.steps for e in begins]
+            count = sum(a < 1 for a in at)
+            peaks = [self.stage1_lr_mult, self.stage2_lr_mult, self.stage3_lr_mult]
+            lows = [self.stage1_min_mult, self.stage2_min_mult, self.stage3_min_mult]
+            for i, (peak, low) in enumerate(zip(peaks, lows, strict=True), 1):
+                if not low <= peak or peak == 0:
+                    raise UserError(f"stage{i}_min_mult must be at most stage{i}_lr_mult ({peak}), above 0; got {low}")
+            self.derive(restart_at=at[:count], restart_min=lows[:count], restart_peak=peaks[:count])
         super().validate()
         self.model()
         self.make_curriculum()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sysconfig
 from pathlib import Path
 
 from rich.console import Console
 
+from hnet.errors import PathTaken, user_path
 from hnet.generate.engine import stream_text
 from hnet.segment import boundaries, render_plain, render_rich
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 
+MARKER = ".demo"  # the digest of the config.toml that the demo wrote: by it a later demo knows its own
+WRITTEN = {MARKER, "config.toml", "metrics.jsonl", "checkpoints", "samples", "plots"}
 PROMPT = 'def read_lines(path):\n    """'
 
 
@@ -39,12 +43,39 @@ def config(out: str, steps: int) -> TrainConfig:
     )
 
 
+def clear(out: Path) -> None:
+    """Remove an earlier demo.
+
+    Raises:
+        UserError: `out` holds anything else; nothing is removed.
+    """
+    with user_path(out):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+        if MARKER not in found:
+            raise PathTaken(f"{out} is not a demo's: name another --out, or remove it yourself")
+        if others := found - WRITTEN:
+            raise PathTaken(f"{out} holds {min(others)}, which no demo wrote: name another --out, or move that away")
+        run = out / "config.toml"
+        if run.is_file() and _digest(run.read_bytes()) != (out / MARKER).read_text():
+            raise PathTaken(f"{out} was trained on with other keys than the demo's: name another --out")
+    shutil.rmtree(out)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def demo(out: str, steps: int) -> None:
-    """Train, then print held-out bits per byte before and after, a continuation, and a segmented snippet."""
+    """Train (an earlier demo in `out` is replaced), then print held-out bits per byte before and after, a continuation,
+    and a segmented snippet."""
     console = Console(highlight=False)
-    if (Path(out) / "metrics.jsonl").exists():
-        shutil.rmtree(out)
-    trainer = Trainer(config(out, steps))
+    c = config(out, steps)
+    clear(Path(out))
+    trainer = Trainer(c)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / MARKER).write_text(_digest(trainer.config.to_toml().encode()))
     size = sum(p.numel() for p in trainer.model.parameters())
     corpus = trainer.task.stream.corpus
     console.print(

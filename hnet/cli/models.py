@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hnet.chunk_lm import ChunkLM
 from hnet.chunk_lm.config import MODEL_TYPE
+from hnet.config.keys import read_json
 from hnet.errors import MissingPath, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import CONFIG, read_weights
@@ -26,7 +27,8 @@ def is_chunk_lm(path: str) -> bool:
     """By its config.json; a lone .pt file by what is in it."""
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / CONFIG
     if file.is_file():
-        return json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+        config = read_json(file)
+        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
     if Path(path).suffix == ".pt" and Path(path).is_file():
         try:
             saved = torch.load(path, map_location="meta", weights_only=True)
@@ -37,14 +39,27 @@ def is_chunk_lm(path: str) -> bool:
     return False
 
 
-def load_hnet(model: str) -> HNetForCausalLM:
-    return HNetForCausalLM.from_pretrained(checkpoint_of(model)).eval()
+def load(model: str, device: torch.device, dtype: str = "fp32") -> HNetForCausalLM | ChunkLM:
+    """The model, whichever it is, in evaluation mode, with weights of `dtype`: fp32, bf16, or auto, which is bf16 on a
+    GPU and fp32 on a CPU (a byte at a time, casting every weight anew as autocast does would cost more than it saves).
+    """
+    path = checkpoint_of(model)
+    lm: Any = (ChunkLM if is_chunk_lm(path) else HNetForCausalLM).from_pretrained(path, device=device).eval()
+    if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
+        getattr(lm, "cast", lm.to)(torch.bfloat16)
+    return lm
 
 
-def load(path: str, device: torch.device) -> HNetForCausalLM | ChunkLM:
-    if is_chunk_lm(path):
-        return ChunkLM.from_pretrained(path, device=device).eval()
-    return HNetForCausalLM.from_pretrained(path, device=device).eval()
+def load_hnet(model: str, device: torch.device, dtype: str = "fp32") -> HNetForCausalLM:
+    """`load` where only an H-Net will do.
+
+    Raises:
+        UserError: it is a ChunkLM.
+    """
+    lm = load(model, device, dtype)
+    if isinstance(lm, ChunkLM):
+        raise UserError(f"{model} is a ChunkLM, which makes no chunks of its own: this needs an H-Net")
+    return lm
 
 
 @torch.no_grad()

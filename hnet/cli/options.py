@@ -78,6 +78,16 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def device_options(command: Callable) -> Callable:
+    """--device and --dtype of the commands that run a model."""
+    dtype = click.option(
+        "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
+        help="auto: bf16 on a GPU, fp32 on a CPU.",
+    )  # fmt: skip
+    device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+    return device(dtype(command))
+
+
 def config_options(cls: Any, aliases: dict[str, list[str]] | None = None) -> Callable:
     """One option for each field of the dataclass, absent unless given (file and defaults decide then). `aliases` are
     more flags for a field."""

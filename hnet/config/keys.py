@@ -28,6 +28,9 @@ def key(
 
 def check(f: dataclasses.Field, value: Any) -> None:
     """Raises ValueError unless `value` is one that the field may have."""
+    for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, int | float) and not abs(v) < 2**63:  # infinite, or no number
+            raise UserError(f"{f.name} must be a finite number below 2**63, got {value!r}")
     choices, low, high = f.metadata["choices"], f.metadata["low"], f.metadata["high"]
     if choices and value not in choices:
         raise UserError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")

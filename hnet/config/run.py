@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 from hnet.errors import UserError
 
@@ -59,7 +60,8 @@ class RunConfig:
     )
     min_lr: float = key(0.0, "where the learning rate ends, as a fraction of the peak", low=0, high=1)
     restart_at: list[float] = key([0.0], "restarts: where stages begin, as shares of the run")
-    restart_min: list[float] = key([0.1], "restarts: where each stage's cosine ends")
+    restart_min: list[float] = key([0.1], "restarts: where each stage's cosine ends, as a share of learning_rate")
+    restart_peak: list[float] = key([], "restarts: where each stage's cosine begins; default 1 for all")
     restart_on_plateau: bool = key(False, "restarts: a plateau also returns the rate to its peak")
     plateau_window: int = key(50, "losses a plateau is judged on", low=2)
     plateau_threshold: float = key(
@@ -152,7 +154,7 @@ class RunConfig:
         self.need(bool(self.val_data) or 0 < self.val_fraction < 1, "val_fraction", "in (0, 1)")
         self.need(self.learning_rate > 0, "learning_rate", "positive")
         self.need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
-        check_restarts(self.restart_at, self.restart_min)
+        check_restarts(self.restart_at, self.restart_min, self.restart_peak)
         for name in ("tensorboard", "wandb"):
             if getattr(self, name) and importlib.util.find_spec(name) is None:
                 raise UserError(f"{name} needs its package: pip install {name}")
@@ -160,15 +162,31 @@ class RunConfig:
         self.need(restarts or not self.restart_on_plateau, "restart_on_plateau", "off unless schedule is restarts")
         return self
 
+    def derive(self, **values: Any) -> None:
+        """Fill in keys that follow from others. config.toml keeps what was given, so that they follow again when a
+        resumed run changes the others."""
+        given = self.__dict__.setdefault("given", {})
+        for name, value in values.items():
+            given.setdefault(name, getattr(self, name))
+            setattr(self, name, value)
+
     def to_toml(self) -> str:
+        """What config.toml holds: every key as it was given or its default."""
         import tomli_w  # only writing needs it
 
-        return tomli_w.dumps(dataclasses.asdict(self))
+        return tomli_w.dumps(dataclasses.asdict(self) | self.__dict__.get("given", {}))
 
 
-def check_restarts(at: list[float], low: list[float]) -> None:
-    """Raises ValueError unless stages begin at 0, rise below 1, and each has an end value in [0, 1]."""
+def check_restarts(at: list[float], low: list[float], peak: list[float] | None = None) -> None:
+    """Raises ValueError unless stages begin at 0, rise below 1, and each has an end value >= 0 below its peak."""
     if not at or at[0] != 0 or any(b <= a for a, b in zip(at, at[1:], strict=False)) or at[-1] >= 1:
         raise UserError(f"restart_at must begin with 0 and rise, below 1, got {at}")
-    if len(low) != len(at) or not all(0 <= v <= 1 for v in low):
-        raise UserError(f"restart_min must have a value in [0, 1] for each of the {len(at)} stages, got {low}")
+    peak = peak or []
+    if len(peak) not in (0, len(at)) or not all(p > 0 for p in peak):
+        raise UserError(
+            f"restart_peak must be empty or have a value above 0 for each of the {len(at)} stages, got {peak}"
+        )
+    tops = peak or [1.0] * len(at)
+    if len(low) != len(at) or not all(0 <= v <= p for v, p in zip(low, tops, strict=True)):
+        wanted = "in [0, 1]" if not peak else f"from 0 to its restart_peak {peak}"
+        raise UserError(f"restart_min must have a value {wanted} for each of the {len(at)} stages, got {low}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hnet.config import BOS, EOS
 from hnet.errors import UserError
@@ -20,6 +21,11 @@ def encode(prompt: str | bytes) -> bytes:
     return bytes([BOS]) + (prompt.encode() if isinstance(prompt, str) else bytes(prompt))
 
 
+def without_bos(logits: Tensor) -> Tensor:
+    """(n, vocab) logits, a copy in which BOS is impossible."""
+    return logits.index_fill(-1, torch.tensor([BOS], device=logits.device), float("-inf"))
+
+
 def stream(
     model: HNetForCausalLM,
     prompts: list[str | bytes],
@@ -30,6 +36,8 @@ def stream(
     **sampling: Any,
 ) -> Iterator[dict[int, int]]:
     """Generate for a batch of prompts of any lengths, yielding {prompt index: new byte} after every step.
+
+    BOS, which only ever begins a text, is never generated, whatever probability the model gives it.
 
     Args:
         model: on any device, any dtype.
@@ -58,7 +66,7 @@ def stream(
     logits = model.prefill(packed, cu, cache).logits[cu[1:].long() - 1]
     active = list(range(len(texts)))
     for i in range(max_new_bytes):
-        chosen = sample(logits, config, [texts[n] for n in active], generator).tolist()
+        chosen = sample(without_bos(logits), config, [texts[n] for n in active], generator).tolist()
         keep = [row for row, byte in enumerate(chosen) if not (stop_at_eos and byte == EOS)]
         active, chosen = [active[row] for row in keep], [chosen[row] for row in keep]
         for n, byte in zip(active, chosen, strict=True):

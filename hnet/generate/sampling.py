@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,11 @@ class SamplingConfig:
     repetition_window: int = 64
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty < 1:
+        if not (self.repetition_penalty >= 1 and math.isfinite(self.repetition_penalty)):
             raise UserError(f"repetition_penalty must be >= 1, got {self.repetition_penalty}")
         if self.repetition_window < 0:
             raise UserError(f"repetition_window must be >= 0, got {self.repetition_window}")

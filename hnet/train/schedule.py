@@ -26,7 +26,7 @@ class Schedule:
     cuts have accumulated.
 
     kind: wsd, cosine, constant, plateau or restarts, see TrainConfig.  steps: of the whole run.
-    restart_at: first step of every stage of "restarts"; restart_min: where the cosine of each ends.
+    restart_at: first step of every stage of "restarts"; restart_peak, restart_min: where its cosine begins, ends.
     """
 
     def __init__(
@@ -40,11 +40,13 @@ class Schedule:
         min_lr: float = 0.0,
         restart_at: list[int] | None = None,
         restart_min: list[float] | None = None,
+        restart_peak: list[float] | None = None,
         plateau_factor: float = 0.5,
     ) -> None:
         self.kind, self.steps, self.warmup_steps, self.min_lr = kind, steps, warmup_steps, min_lr
         self.decay_fraction, self.decay_shape, self.plateau_factor = decay_fraction, decay_shape, plateau_factor
         self.restart_at, self.restart_min = restart_at or [0], restart_min or [0.1]
+        self.restart_peak = restart_peak or [1.0] * len(self.restart_at)
         self.restarted = 0  # the step of the last restart that something triggered
         self.drops = 1.0  # of the plateau schedule
         self.cut = 1.0  # by guards
@@ -66,7 +68,8 @@ class Schedule:
             stage = max(i for i, at in enumerate(self.restart_at) if at <= step)
             ends = [*self.restart_at[1:], self.steps]
             begin = max(self.restart_at[stage], self.restarted, self.warmup_steps)
-            return cosine((step - begin) / max(ends[stage] - begin, 1), self.restart_min[stage])
+            peak = self.restart_peak[stage]
+            return peak * cosine((step - begin) / max(ends[stage] - begin, 1), self.restart_min[stage] / peak)
         decay = self.decay_fraction * self.steps
         progress = 0.0 if decay == 0 else max(0.0, 1 - (self.steps - step) / decay)
         return DECAYS[self.decay_shape](min(progress, 1.0), self.min_lr)
@@ -91,5 +94,6 @@ def make_schedule(c: RunConfig) -> Schedule:
     return Schedule(
         c.schedule, c.steps, warmup_steps=c.warmup, decay_fraction=c.decay_fraction, decay_shape=c.decay_shape,
         min_lr=c.min_lr, restart_at=[round(a * c.steps) for a in c.restart_at], restart_min=c.restart_min,
+        restart_peak=c.restart_peak,
         plateau_factor=c.plateau_factor,
     )  # fmt: skip
