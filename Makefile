@@ -8,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow gate check bench smoke wheel clean gpu gpu-build gpu-test gpu-bench
+.PHONY: setup demo test test-slow gate check bench smoke wheel sanitize clean gpu gpu-build gpu-test gpu-bench
 
 setup: .venv/ready
 
@@ -65,6 +65,21 @@ wheel: setup
 	  build/wheel/$$kind/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index \
 	    --ignore-installed build/wheel/$$kind/*.whl; \
 	  build/wheel/$$kind/venv/bin/python .ci/smoke_wheel.py $$kind; \
+	done
+
+# The CPU kernels once more, built to stop at any access outside of an array and any undefined behaviour (GCC)
+SANITIZED := build/sanitize
+SANITIZED_TESTS := test_properties test_bad_input test_strides test_route test_pool test_dechunk test_ema
+sanitize: setup
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps . -w $(SANITIZED) -C build-dir=$(SANITIZED)/cmake \
+	  -C cmake.define.HNET_SANITIZE=ON -C cmake.define.HNET_CUDA=OFF -C cmake.build-type=None
+	set -e; usable=$$($(BIN)/python -m tests.kernels.sanitized); test -n "$$usable"; for isa in $$usable; do \
+	  echo "== $$isa"; \
+	  HNET_CPU_ISA=$$isa HNET_SANITIZED=$(SANITIZED)/cmake OMP_NUM_THREADS=2 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(BIN)/python -m pytest -q --capture=sys -p tests.kernels.sanitized -p no:cacheprovider -m "not gpu" -k "not (emulated or reference)" \
+	    $(SANITIZED_TESTS:%=tests/kernels/%.py); \
 	done
 
 # --- on a machine with a GPU: no environment of our own, no build isolation, no index to download from ---------------
