@@ -41,6 +41,14 @@ class Rows(NamedTuple):
     x: Tensor | None
 
 
+_SOMEWHERE = torch.empty(16, device="cpu")
+
+
+def _address(x: Tensor) -> int:
+    """An empty tensor has none, but null means None, and in C++ not even nothing may be copied from it."""
+    return x.data_ptr() or _SOMEWHERE.data_ptr()
+
+
 def pointers(args) -> tuple[list, list[Tensor | None]]:
     """Arguments as `_C` takes them: tensors become dense pointers, dtypes their code, None a null pointer.
 
@@ -53,11 +61,11 @@ def pointers(args) -> tuple[list, list[Tensor | None]]:
             x = a.x
             if x is not None and x.shape[1] > 1 and x.stride(1) != 1:
                 x = x.contiguous()
-            flat += (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+            flat += (0, 0) if x is None else (_address(x), x.stride(0))
             alive.append(x)
         elif isinstance(a, Tensor):
             x = a.contiguous()
-            flat.append(x.data_ptr())
+            flat.append(_address(x))
             alive.append(x)
         else:
             flat.append(0 if a is None else _DTYPE.get(a, a) if isinstance(a, torch.dtype) else a)
