@@ -12,8 +12,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from hnet.data.corpus import Corpus
-from hnet.data.sources import open_data
+from hnet.data.sources import open_corpus
 from hnet.device import World
 from hnet.disk import replacing
 from hnet.errors import UserError
@@ -39,9 +38,7 @@ class ChunkLMTask:
         if world.size > 1:
             raise UserError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
-        train, self.val = open_data(config)
-        if not isinstance(train, Corpus):
-            raise UserError("a ChunkLM reads random windows: data must be files, not an hf: stream")
+        train, self.val = open_corpus(config)
         self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed)
         self.model = ChunkLM(config.model()).to(device)
         self.stages = [list(self.model.parameters())]

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hnet.config.keys import fields
 
-_TYPES = {"int": int, "float": float, "str": str}
+
+def path_or_weighted(text: str) -> str | dict:
+    """ "a:0.7" -> {"path": "a", "weight": 0.7}, unless there is a file of that whole name."""
+    weighted = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
+    if weighted is None or Path(text).exists():
+        return text
+    return {"path": weighted[1], "weight": float(weighted[2])}
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "str | dict": path_or_weighted}
 
 
 class ListOf(click.ParamType):
     """ "1,2.5" -> [1.0, 2.5]; "auto" stays where that is allowed"""
 
-    def __init__(self, element: type, or_auto: bool = False) -> None:
+    def __init__(self, element: Callable[[str], Any], or_auto: bool = False) -> None:
         self.element, self.or_auto = element, or_auto
-        self.name = f"{element.__name__},..."
+        self.name = "path,..." if element is path_or_weighted else f"{element.__name__},..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list | str:
         if isinstance(value, list) or (self.or_auto and value == "auto"):
@@ -40,6 +50,8 @@ class NumberOrAuto(click.ParamType):
 
 
 def _click_type(kind: str) -> Any:
+    if kind.endswith("]"):
+        return ListOf(_TYPES[kind[5:-1]])
     first, _, alternative = kind.partition(" | ")
     if first.startswith("list"):
         return ListOf(_TYPES[first[5:-1]], or_auto=bool(alternative))
@@ -69,7 +81,7 @@ class ManyValues(click.Command):
 
 
 def _belongs(word: str, kind: ListOf) -> bool:
-    if kind.element is str:
+    if kind.element in (str, path_or_weighted):
         return not word.startswith("--")
     return re.fullmatch(r"(-?[\d.]+(e-?\d+)?,?)+|auto", word) is not None
 

@@ -102,10 +102,10 @@ def _typed(cls: Any, name: str, value: Any, where: str) -> Any:
 
 
 def parse(where: str, value: Any, kind: str) -> Any:
-    """`value` as `kind` ("int", "list[float]", "float | str"), or an error."""
-    if " | " in kind and not isinstance(value, str):
+    """`value` as `kind` ("int", "list[float]", "float | str", "list[str | dict]"), or an error."""
+    if " | " in kind and not kind.endswith("]") and not isinstance(value, str):
         kind = kind.split(" | ")[0]
-    elif " | " in kind:
+    elif " | " in kind and not kind.endswith("]"):
         kind = "str"
     if kind.startswith("list"):
         return [_scalar(where, v, kind[5:-1]) for v in (value if isinstance(value, list) else [value])]
@@ -115,6 +115,6 @@ def parse(where: str, value: Any, kind: str) -> Any:
 def _scalar(where: str, value: Any, kind: str) -> Any:
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value).__name__ != kind:
+    if type(value).__name__ not in kind.split(" | "):
         raise UserError(f"{where} must be {kind}, got {value!r}")
     return value

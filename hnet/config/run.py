@@ -12,13 +12,18 @@ from typing import Any
 
 from hnet.errors import UserError
 
+from .entries import parse_data
 from .keys import check, fields, key
 
 
 @dataclass
 class RunConfig:
     # data
-    data: list[str] = key([], "files or folders (text, .jsonl, .parquet, also .gz or .zst), or one hf: stream")
+    data: list[str | dict] = key(
+        [],
+        "files or folders (text, .jsonl, .parquet, also .gz or .zst), or one hf: stream; or several of these as a "
+        "mixture by weight: path:0.7,other:0.3 (TOML: {path = 'path', weight = 0.7}, ...)",
+    )
     pattern: str = key("*", "which files below the folders, as a glob like '*.py'")
     exclude: list[str] = key([], "names of files or folders below the folders to leave out, as globs")
     documents: str = key(
@@ -30,7 +35,9 @@ class RunConfig:
     val_data: list[str] = key([], "held-out files, folders or hf: stream; default: files named valid*, val*, dev*")
     val_fraction: float = key(0.05, "share of the bytes held out at random when nothing else says what to hold out")
     seq_len: int = key(1024, "longest sequence in bytes; longer documents are cut", low=2)
-    shuffle_bytes: int = key(33554432, "hf: streams are shuffled within windows of this size, which memory must hold")
+    shuffle_bytes: int = key(
+        33554432, "streams are shuffled within windows of this size, all shards together, which memory must hold", low=1
+    )
     accumulation: int = key(
         1, "micro-batches a process runs for one step; batch_bytes is their sum over all processes", low=1
     )
@@ -151,6 +158,7 @@ class RunConfig:
         for f in fields(type(self)):
             check(f, getattr(self, f.name))
         self.need(len(self.data) > 0, "data", "at least one file or folder")
+        parse_data(self.data)
         self.need(bool(self.val_data) or 0 < self.val_fraction < 1, "val_fraction", "in (0, 1)")
         self.need(self.learning_rate > 0, "learning_rate", "positive")
         self.need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -68,8 +68,21 @@ class Corpus:
         without reading them."""
         return {"documents": len(self), "bytes": self.num_bytes, "crc": zlib.crc32(self.sizes.data)}
 
-    def windows(self, cursor: dict[str, Any] | None, least: int) -> Iterator[tuple[dict[str, Any], Corpus]]:
-        """Itself, once an epoch, for ever. See `PackStream`.
+    @property
+    def amount(self) -> str:
+        return f"{self.num_bytes:,} bytes in {len(self):,} documents"
+
+    def splits(self, shards: int) -> bool:
+        return True
+
+    def passes(self, cursor: dict[str, Any] | None) -> float:
+        return float(cursor["epoch"]) if cursor else 0.0
+
+    def windows(
+        self, cursor: dict[str, Any] | None, least: int, shard: int = 0, shards: int = 1
+    ) -> Iterator[tuple[dict[str, Any], Corpus]]:
+        """Itself, once an epoch, for ever, to every shard: it is there already, and the pieces are shared out. See
+        `PackStream`.
 
         Raises:
             ValueError: it has fewer than `least` bytes.
@@ -82,6 +95,28 @@ class Corpus:
         while True:
             yield {"epoch": epoch}, self
             epoch += 1
+
+
+class Source(Protocol):
+    """What packs are made of: `Corpus`, `LocalStream` or `DocumentStream`."""
+
+    @property
+    def amount(self) -> str:
+        """How much there is, for people."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint notes of it: plain values that are others for other data."""
+
+    def splits(self, shards: int) -> bool:
+        """Whether it can be read in so many parts, so that nobody decodes another's documents."""
+
+    def passes(self, cursor: dict[str, Any] | None) -> float:
+        """Passes over the data (or over a shard) so far."""
+
+    def windows(
+        self, cursor: dict[str, Any] | None, least: int, shard: int = 0, shards: int = 1
+    ) -> Iterator[tuple[dict[str, Any], Corpus]]:
+        """(where it begins, documents) of every window of a shard, for ever; shuffling is within a window."""
 
 
 def hold_out(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus, str]:

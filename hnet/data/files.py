@@ -8,8 +8,10 @@ import json
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from .corpus import Corpus
 
 DOCUMENTS = ("file", "paragraph", "line")
 _JSONL, _PARQUET, _COMPRESSED = {".jsonl", ".ndjson"}, {".parquet", ".pq"}, {".gz", ".zst"}
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _MAP_FROM = 64 << 20
+_TEXT = {kind + view for kind in ("string", "binary") for view in ("", "_view")} | {"large_string", "large_binary"}
+_ROWS = 64  # of a Parquet file, decoded at once
+_PAGES = 1 << 18  # bytes of a Parquet file read at once
 
 
 def find_files(paths: Iterable[str | Path], pattern: str = "*", exclude: Iterable[str] = ()) -> Iterator[Path]:
@@ -88,15 +93,15 @@ def read_files(files: list[Path], documents: str = "file", text_key: str = "text
     """
     if documents not in DOCUMENTS:
         raise UserError(f"documents must be one of {', '.join(DOCUMENTS)}, got {documents!r}")
-    if len(files) == 1 and _format(files[0]) == ("", "") and files[0].stat().st_size:
+    if len(files) == 1 and kind_of(files[0]) == ("", "") and files[0].stat().st_size:
         data = _load(files[0])
         return Corpus.cut(data, _ends(data, documents))
     buffer, ends = bytearray(), array("q")
     for path in files:
-        kind, _ = _format(path)
+        kind, _ = kind_of(path)
         if kind == "":
             begin = len(buffer)
-            for chunk in _chunks(path):
+            for chunk in chunks(path):
                 buffer += chunk
             ends.frombytes((_ends(np.frombuffer(buffer, dtype=np.uint8)[begin:], documents) + begin).tobytes())
         else:
@@ -109,7 +114,7 @@ def read_files(files: list[Path], documents: str = "file", text_key: str = "text
     return corpus
 
 
-def _format(path: Path) -> tuple[str, str]:
+def kind_of(path: Path) -> tuple[str, str]:
     """("jsonl", "parquet" or "", ".gz", ".zst" or "")"""
     suffixes = [s.lower() for s in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else ""
@@ -141,9 +146,11 @@ def _ends(data: np.ndarray, documents: str) -> np.ndarray:
     return np.concatenate([*ends, [len(data)]]).astype(np.int64)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def chunks(path: Path) -> Iterator[bytes]:
     """The bytes of a file, decompressed."""
-    _, packed = _format(path)
+    _, packed = kind_of(path)
+    if packed and not path.stat().st_size:
+        raise UserError(f"{path} is not a whole {packed[1:]} file: it has no bytes")
     if packed == ".zst":
         yield from _zstd(path)
     elif packed == ".gz":
@@ -163,7 +170,7 @@ def _zstd(path: Path) -> Iterator[bytes]:
     frame, rest = None, b""
     # Frame by frame: the library's own reader takes a truncated file for a whole one.
     with user_path(path), path.open("rb") as f:
-        while chunk := rest or f.read(_CHUNK):
+        while chunk := rest or f.read(_CHUNK >> 2):  # may become thousands of times as much
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 yield frame.decompress(chunk)
@@ -175,43 +182,98 @@ def _zstd(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path} is not a whole zstd file: it ends inside a frame")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    rest = b""
-    for chunk in _chunks(path):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    yield rest
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed, each with its newline."""
+    begun: list[bytes] = []  # of a line that is longer than a chunk; joined once
+    for chunk in chunks(path):
+        for line in io.BytesIO(chunk):
+            begun.append(line)
+            if line.endswith(b"\n"):
+                yield b"".join(begun) if len(begun) > 1 else line
+                begun = []
+    if begun:
+        yield b"".join(begun)
 
 
 def _jsonl(path: Path, text_key: str) -> Iterator[bytes]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{where} is not JSON: {e}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} must be a JSON object with the key {text_key!r}, got {type(row).__name__}")
-        yield document_of(row, text_key, where)
+    for number, line in enumerate(lines(path), 1):
+        yield json_document(line, text_key, partial("{} line {}".format, path, number))
+
+
+def json_document(line: bytes, text_key: str, where: Callable[[], str]) -> bytes:
+    """The text of one line of JSONL, b"" for a blank one. `where` names the line if it is broken.
+
+    Raises:
+        ValueError: it is not a JSON object with text under `text_key`.
+    """
+    if not line.strip():
+        return b""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where()} is not JSON: {e}") from None
+    if isinstance(row, dict) and isinstance(text := row.get(text_key), str):
+        return text.encode("utf-8", "surrogatepass")
+    if not isinstance(row, dict):
+        raise UserError(f"{where()} must be a JSON object with the key {text_key!r}, got {type(row).__name__}")
+    return document_of(row, text_key, where())
 
 
 def _parquet(path: Path, text_key: str) -> Iterator[bytes]:
+    with open_parquet(path, text_key) as file:
+        for group in range(file.num_row_groups):
+            for documents in row_group(file, group, path, text_key):
+                yield from documents
+
+
+@contextmanager
+def open_parquet(path: Path, text_key: str) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that has the column `text_key`. Pages are read one after another, so that an open
+    file costs a few MB however large its row groups are.
+
+    Raises:
+        ValueError: it is broken (also raised inside the `with`), or has no such column.
+    """
     need("pyarrow", f"reading {path}", "data")
     import pyarrow
     import pyarrow.parquet
 
-    source = io.BytesIO(b"".join(_chunks(path))) if _format(path)[1] else path
+    source = io.BytesIO(b"".join(chunks(path))) if kind_of(path)[1] else path
     try:
-        with user_path(path), pyarrow.parquet.ParquetFile(source) as file:
+        with user_path(path):
+            opened = pyarrow.OSFile(str(path)) if source is path else source
+        with opened, pyarrow.parquet.ParquetFile(opened, buffer_size=_PAGES, pre_buffer=False) as file:
             if text_key not in file.schema_arrow.names:
                 raise UserError(_no_key(str(path), text_key, file.schema_arrow.names))
-            for batch in file.iter_batches(columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield document_of({text_key: text}, text_key, str(path))
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{path} is not a Parquet file that can be read: {e}") from None
+            yield file
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError) as e:  # a damaged page is an OSError to Arrow
+        what = " ".join(str(e).split())
+        raise UserError(f"{path} is not a Parquet file that can be read: {what}") from None
+
+
+def row_group(file: Any, group: int, path: Path, text_key: str) -> Iterator[list[bytes]]:
+    """The documents of a row group, some rows at a time; null is empty.
+
+    Raises:
+        ValueError: the column is not text.
+    """
+    import pyarrow as pa
+
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[text_key], use_threads=False):
+        column = batch.column(0)
+        if isinstance(column, pa.DictionaryArray):
+            column = column.dictionary_decode()
+        kind = str(column.type)
+        if kind == "null":
+            yield [b""] * len(column)
+            continue
+        if kind not in _TEXT:
+            raise UserError(f"{path}: {text_key!r} must be text, got {kind}")
+        if kind in ("string", "large_string"):
+            column = column.cast(kind.replace("string", "binary"))  # the same bytes, not decoded
+        yield [text.encode() if isinstance(text, str) else text or b"" for text in column.to_pylist()]
 
 
 def document_of(row: dict[str, Any], text_key: str, where: str) -> bytes:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .corpus import Corpus
-from .packing import Batch, PackStream
+from .packing import Batch, PackStream, merge
 
 
 class Workers:
@@ -39,7 +39,7 @@ class Workers:
             self._start()
         worker = self._turn
         try:
-            packed, self._state, error = self._pipes[worker].recv()
+            packed, state, error = self._pipes[worker].recv()
         except (EOFError, ConnectionResetError):
             process = self._processes[worker]
             process.join(5)
@@ -48,6 +48,7 @@ class Workers:
         if error is not None:
             self.close()
             raise error[0] from RuntimeError(f"in data worker {worker}:\n{error[1]}")
+        self._state = merge([self._state, state])  # each knows the place of the documents it read
         self._turn = (worker + 1) % self.count
         return packed.batch()
 

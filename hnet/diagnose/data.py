@@ -25,6 +25,8 @@ def _files(log: Log, key: str) -> list[Path]:
     """Files a config names under `key`, [] where they cannot be found from here."""
     given = log.setting(key, default=[])
     given = [given] if isinstance(given, str) else given
+    if isinstance(given, list):  # of a mixture
+        given = [g.get("path") if isinstance(g, dict) else g for g in given]
     if not isinstance(given, list) or not all(isinstance(g, str) for g in given):
         return []
     try:

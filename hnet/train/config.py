@@ -68,6 +68,16 @@ class TrainConfig(RunConfig):
 
     # steps and stages
     num_workers: int = key(0, "processes that make batches ahead; 0: none, batches are made between steps", low=0)
+    stream: str = key(
+        "auto",
+        "read files window by window (on) or into memory (off); auto: a stream from 1 GiB on disk on",
+        choices=("auto", "on", "off"),
+    )
+    shards: int = key(
+        48,
+        "parts a stream is read in, which the data order depends on; processes x workers should divide it",
+        low=1,
+    )
     compile: bool = key(False, "torch.compile the blocks, shapes dynamic")
     recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hnet.data.corpus import Corpus
+from hnet.data.packing import PackStream
 from hnet.data.sources import open_data
 from hnet.device import pick_autocast, pick_device
 from hnet.model.cost import plan, positions_per_byte
@@ -22,12 +23,10 @@ def report(config: TrainConfig) -> str:
     c = config.validate()
     notes: list[str] = []
     train, val = open_data(c, notes.append)
+    PackStream(train, c.seq_len, c.batch_bytes, c.seed, shards=c.shards)  # complains of too little
+    passes = ""
     if isinstance(train, Corpus):
-        next(train.windows(None, c.batch_bytes))  # complains of too little
-        amount = f"{train.num_bytes:,} bytes in {len(train):,} documents"
         passes = f", {c.steps * c.batch_bytes / train.num_bytes:.2f} passes over the data"
-    else:
-        amount, passes = f"the stream {c.data[0]}", ""
     device = pick_device(c.device)
     bf16 = pick_autocast(c.dtype, device) is not None
     architecture = c.model()
@@ -35,7 +34,7 @@ def report(config: TrainConfig) -> str:
     total = sum(s.parameters for s in found.stages)
     seen = c.steps * c.batch_bytes
     lines = [
-        f"data       {amount}; held out {val.num_bytes:,} in {len(val):,}",
+        f"data       {train.amount}; held out {val.num_bytes:,} in {len(val):,}",
         *(f"           {note}" for note in notes),
         f"run        {c.steps:,} steps x {c.batch_bytes:,} bytes = {seen / 1e6:,.1f} MB{passes}",
         f"model      {total / 1e6:,.2f} M parameters, {found.flops_per_byte / 1e6:,.2f} MFLOP a byte (forward and "

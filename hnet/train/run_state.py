@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hnet.config.run import RunConfig
+from hnet.data.packing import merge
 from hnet.device import World
 from hnet.disk import full_disk
 from hnet.errors import MissingPath, PathTaken, RunFailed, user_path
@@ -127,12 +128,15 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         rng = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        # Each process knows the exact place of the documents it reads itself.
+        parts["data"] = merge(distributed.gather(parts["data"], self.world))
         return {
             "step": self.step, "bytes": self.bytes, "seconds": self.seconds,
             "optimizers": self.optimizers.state_dict(), "task": self.task.state_dict(),
             "ema": None if self.ema is None else {"updates": self.ema.updates},
             "rng": distributed.gather((rng, cuda), self.world),
-            **{name: part.state_dict() for name, part in self.parts.items()},
+            **parts,
         }  # fmt: skip
 
     def load(self, path: Path) -> None:

@@ -63,8 +63,12 @@ class HNetTask:
                 f"batch_bytes must be a multiple of accumulation x processes = {packs}, got {config.batch_bytes}"
             )
         self.pack_bytes = config.batch_bytes // packs
-        train, self.val = open_data(config, print if world.main else lambda _: None)
-        stream = PackStream(train, config.seq_len, self.pack_bytes, config.seed, world.rank, world.size)
+        say = print if world.main else lambda _: None
+        train, self.val = open_data(config, say)
+        share = (world.rank, world.size, config.shards)
+        stream = PackStream(train, config.seq_len, self.pack_bytes, config.seed, *share)
+        if advice := stream.advice(world.size * max(config.num_workers, 1)):
+            say(advice)
         self.stream = with_workers(stream, config.num_workers)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
         for m in self.model.modules():

@@ -20,6 +20,8 @@ class Config:
     val_fraction: float = 0.2
     documents: str = "file"
     text_key: str = "text"
+    stream: str = "auto"
+    shards: int = 4
     shuffle_bytes: int = 1000
     eval_bytes: int = 1000
     seed: int = 3

@@ -15,9 +15,10 @@ import torch
 
 from hnet import HNetForCausalLM
 from hnet.data.packing import Batch, PackStream
+from hnet.data.sources import open_data
 from hnet.errors import RunFailed
 from hnet.metrics_log import read_metrics
-from hnet.train.checkpoint import latest_checkpoint, verify
+from hnet.train.checkpoint import latest_checkpoint, load_trainer, verify
 from hnet.train.config import TrainConfig
 from hnet.train.distributed import finish, named_state
 from hnet.train.loop import Trainer
@@ -169,8 +170,21 @@ def ran(tmp_path_factory, one_thread):
     c = dataclasses.replace(base, **RUN, parallel="fsdp", out=str(folder / "alone"))
     jobs.append(job("spread", c, "load", resume="latest"))
     jobs += agreeing(folder, base)
+    jobs.append(job("streamed", streamed(base, folder), "train"))
     assert run(folder, jobs) == [0, 0]
     return folder, base
+
+
+def streamed(base: TrainConfig, folder: Path) -> TrainConfig:
+    """A run on two sources of 2 MiB and more, read in two shards; a window is a few documents."""
+    data: list = []
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        rows = ({"text": f"{name}{i} " * (20 + i % 30)} for i in range(17_000))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        data.append({"path": str(folder / f"{name}.jsonl"), "weight": weight})
+    return dataclasses.replace(
+        base, data=data, pattern="*", stream="on", shards=2, shuffle_bytes=1000, out=str(folder / "streamed")
+    )
 
 
 def close(one: dict, two: dict, names: list[str]) -> None:
@@ -269,6 +283,19 @@ def test_a_sharded_checkpoint_is_read_by_one_process_and_by_three(ran, tmp_path)
     c = dataclasses.replace(c, batch_bytes=768)
     assert run(tmp_path, [job("three", c, "load", resume="latest")], processes=3) == [0, 0, 0]
     equal(saved, found(tmp_path, "three", 2)["state"])
+
+
+def test_a_checkpoint_has_the_place_of_every_process_in_the_stream_it_reads(ran):
+    folder, base = ran
+    c = streamed(base, folder)
+    train, _ = open_data(c, lambda _: None)
+    alone = PackStream(train, c.seq_len, c.batch_bytes // 2, c.seed, shards=c.shards)
+    assert alone.shards == 2
+    for _ in range(2 * c.steps):
+        next(alone)
+    saved = load_trainer(latest_checkpoint(folder / "streamed" / "checkpoints"))["data"]
+    assert saved["rows"] == alone.state_dict()["rows"]
+    assert all(row["window"] > 0 for shard in saved["rows"] for row in shard)
 
 
 def test_a_sharded_run_starts_from_an_unsharded_checkpoint(ran):

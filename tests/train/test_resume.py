@@ -16,6 +16,8 @@ from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, load_trainer, load_weights
 from hnet.train.loop import Trainer
 
+from .conftest import STDLIB
+
 NOT_EXACT = ("time", "bytes_per_second", "flops_per_second", "data_wait_share", "peak_memory")
 
 
@@ -102,8 +104,10 @@ def test_resume_is_exact(config, schedule):
          "plateau_threshold": 1.0},
         {"async_checkpoints": True, "label_smoothing": 0.1, "recompute": True, "num_workers": 2},
         {"max_chunks": [0.6], "boundaries": "char-end", "clipping": "off", "straight_through": True},
+        {"stream": "on", "shuffle_bytes": 10_000, "documents": "line", "num_workers": 2,
+         "data": [{"path": str(STDLIB / "email"), "weight": 2}, {"path": str(STDLIB / "json"), "weight": 1}]},
     ],
-    ids=["alpha+anneal", "async+recompute+workers", "budget"],
+    ids=["alpha+anneal", "async+recompute+workers", "budget", "mixture of streams"],
 )  # fmt: skip
 def test_resume_is_exact_with(config, change):
     config = dataclasses.replace(config, **change)
