@@ -15,6 +15,7 @@ from . import dispatch, reference
 from .library import define, kernels
 from .types import Routing
 from .validation import (
+    MAX_LOGIT_BIAS,
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_flag,
@@ -33,7 +34,7 @@ def _check_bias(logit_bias: float | Tensor | None, x: Tensor) -> Tensor | None:
     dtype = probability_dtype(x)
     if not isinstance(logit_bias, Tensor):
         return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for a GPU
-    return logit_bias.to(dtype)
+    return logit_bias.to(dtype).clamp(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)  # on a GPU nobody has looked; e^89 gives NaN
 
 
 def _check_budget(max_chunks: int, least: int) -> None:

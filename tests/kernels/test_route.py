@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import hnet_kernels as hk
+from hnet_kernels import validation
 
 from . import oracle
 from .cases import LONG, PACKS, ROUNDING, assert_close, cu_of, leaf, qk_with_rate, rand
@@ -71,6 +72,31 @@ def test_logit_bias(on, bias):
     q, k = qk_with_rate(254, 33, 0.3)
     check(run(on, q, k, cu, logit_bias=bias), oracle.route(q, k, cu, bias))
     check(run(on, q, k, cu, logit_bias=torch.tensor(bias)), oracle.route(q, k, cu, bias))
+
+
+@pytest.mark.parametrize("bias", [-80.0, -44.0, 44.0, 80.0])
+def test_large_biases_saturate(on, bias):
+    q, k = qk_with_rate(64, 8, 0.3)
+    q[:3], k[:3] = 0, 0  # p = 1/2
+    q[10] = -k[11]  # p = 1
+    cu = cu_of([64])
+    for value in (bias, torch.tensor(bias)):
+        p = run(on, q, k, cu, logit_bias=value).boundary_prob.cpu()[1:]
+        torch.testing.assert_close(p, torch.where(p > 0.5, 1.0, 0.0), rtol=0, atol=2e-10)
+        assert ((p > 0.5) == (bias > 0)).sum() >= 60
+    for grad in gradients(lambda *a, **kw: run(on, *a, **kw), q, k, torch.tensor(bias), cu):
+        assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("bias", [-1e30, -89.0, 89.0, float("inf")])
+def test_a_bias_nobody_could_check_gives_no_nan(on, bias, monkeypatch):
+    """On a GPU the value is not looked at, which would wait for it."""
+    monkeypatch.setattr(validation, "readable", lambda x: False)
+    q, k = qk_with_rate(64, 8, 0.3)
+    r = run(on, q, k, cu_of([64]), logit_bias=torch.tensor(bias))
+    limit = run(on, q, k, cu_of([64]), logit_bias=torch.tensor(80.0 if bias > 0 else -80.0))
+    assert torch.equal(r.boundary_prob, limit.boundary_prob)
+    assert torch.isfinite(r.boundary_prob).all()
 
 
 def test_candidates(on):
