@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hnet.config import HNetConfig, parse_layout
+from hnet.config import HNetConfig
 from hnet.errors import UserError
 
 from .findings import Finding
@@ -249,18 +249,6 @@ def widths(log: Log) -> list[Finding]:
     ]
     change = [f"--d-model {' '.join(map(str, better))}, or doubling inwards like 256 512"]
     return [Finding("warning", "widths", "Widths do not grow inwards", why, change)]
-
-
-def parameters(model: HNetConfig) -> float:
-    """About how many parameters: matrices of the blocks and the embeddings."""
-    total = 2.0 * model.vocab_size * model.d_model[0]
-    for s, d in enumerate(model.d_model):
-        swiglu = 3 * d * model.d_intermediate[s]
-        mixer = {"t": 4 * d * d, "m": 3 * model.ssm(s)["expand"] * d * d, "c": 4 * d * d}
-        for layout in model.layouts(s):
-            for letter, count in parse_layout(layout):
-                total += count * (mixer[letter.lower()] + (swiglu if letter.isupper() else 0))
-    return total
 
 
 RULES = (collapse, target_missed, drift, budget, widths)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .architecture import model_of, parameters
+from hnet.model.parameters import count_parameters
+from hnet.train.compression import auto_ratio_weight
+
+from .architecture import model_of
 from .findings import Finding
 from .runs import Log
 from .series import percent
@@ -125,11 +128,11 @@ def compression(log: Log) -> list[Finding]:
     model = model_of(log)
     out = []
     if np.isfinite(alpha) and model is not None and not controlled:
-        size = parameters(model)
-        needed = float(np.clip((size / 1e7) ** -0.35, 0.1, 2))
+        size = count_parameters(model)
+        needed = auto_ratio_weight(size)
         if alpha < needed / 4:
             why = [
-                f"ratio_weight is {alpha:g} for about {size / 1e6:.3g}M parameters; reaching a target within 5 % takes "
+                f"ratio_weight is {alpha:g} for {size / 1e6:.3g}M parameters; reaching a target within 5 % takes "
                 f"about {needed:.2g} (an inference from published and own runs)."
             ]
             out.append(

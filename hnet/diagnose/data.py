@@ -8,8 +8,9 @@ import numpy as np
 
 from hnet.data.files import find_files
 from hnet.errors import UserError
+from hnet.model.parameters import count_parameters
 
-from .architecture import model_of, parameters
+from .architecture import model_of
 from .findings import Finding
 from .runs import Log
 from .series import noise, percent, tail
@@ -92,7 +93,7 @@ def _few_bytes(log: Log, total: float) -> list[Finding]:
     model = model_of(log)
     if model is None or not total > 0 or "steps" not in log.config:
         return []
-    size = parameters(model)
+    size = count_parameters(model)
     if total >= 2 * size:
         return []
     return [
@@ -100,7 +101,7 @@ def _few_bytes(log: Log, total: float) -> list[Finding]:
             "note",
             "few_bytes",
             "Few training bytes for the model",
-            [f"{total:.3g} bytes for about {size:.3g} parameters; compute-optimal runs see tens of bytes for each."],
+            [f"{total:.3g} bytes for {size:.3g} parameters; compute-optimal runs see tens of bytes for each."],
             ["more steps, or a smaller preset"],
         )
     ]

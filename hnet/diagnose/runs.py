@@ -176,7 +176,10 @@ def read_config(path: Path) -> dict[str, Any]:
         flat.update(value if isinstance(value, dict) else {key: value})
     if flat.keys() & {"cutoffs", "kernel_len"}:  # a ChunkLM: the defaults of an H-Net say nothing about it
         return flat
-    return {**dataclasses.asdict(TrainConfig()), **flat}
+    values = {**dataclasses.asdict(TrainConfig()), **flat}
+    if values["epochs"]:  # how many steps these are takes the data
+        del values["steps"]
+    return values
 
 
 def _finite(value: Any) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+
+from hnet.config import HNetConfig
 
 from .causal_lm import HNetForCausalLM
 
@@ -22,3 +25,10 @@ def stage_parameters(model: HNetForCausalLM) -> list[list[nn.Parameter]]:
     for name, p in model.named_parameters():
         out[stage_of(name)].append(p)
     return out
+
+
+def count_parameters(config: HNetConfig) -> int:
+    """Of the model as built, without memory for it."""
+    with torch.device("meta"):
+        model = HNetForCausalLM(config, device="meta")
+    return sum(p.numel() for p in model.parameters())

@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 
-from hnet.config import HNetConfig
-from hnet.diagnose.architecture import parameters
-
 from .logs import after, findings, healthy_rows, ratio_loss, write_run
 
 
@@ -97,12 +94,3 @@ def test_widths_that_do_not_grow(given, tmp_path):
     assert "256 256" in f.evidence[0]
     assert "--d-model 256 384" in f.change[0]
     assert "widths" not in findings(write_run(tmp_path / "b", healthy_rows(), d_model=[256, 512]))
-
-
-@pytest.mark.parametrize("preset", ["small", "small_2stage", "laptop", "tiny"])
-def test_parameter_estimate(preset):
-    from hnet import HNetForCausalLM
-
-    config = HNetConfig.preset(preset)
-    true = sum(p.numel() for p in HNetForCausalLM(config).parameters())
-    assert parameters(config) == pytest.approx(true, rel=0.25)

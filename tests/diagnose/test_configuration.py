@@ -2,6 +2,8 @@
 
 import pytest
 
+from hnet.diagnose.runs import read_log
+
 from .logs import CONFIG, findings, healthy_rows, write_run
 
 
@@ -69,3 +71,12 @@ def test_the_log_beats_the_config_where_it_shows_more(tmp_path):
     """schedule = constant, but the logged rate came down."""
     assert "lr_end" not in findings(write_run(tmp_path / "a", healthy_rows(), schedule="constant"))
     assert CONFIG["schedule"] == "wsd"
+
+
+def test_epochs_of_a_config_are_not_taken_for_the_default_steps(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("data = ['x']\nepochs = 3\nwarmup_steps = 1500\n")
+    assert "steps" not in read_log(path).config
+    assert "warmup_all" not in findings(path)
+    path.write_text("data = ['x']\nwarmup_steps = 1500\n")
+    assert "warmup_all" in findings(path)
