@@ -6,7 +6,7 @@ import pytest
 
 from hnet.config import BOS, EOS
 from hnet.data.corpus import Corpus
-from hnet.data.packing import PackStream, eval_batches
+from hnet.data.packing import IGNORED, PackStream, eval_batches
 
 
 def corpus(*texts):
@@ -69,8 +69,42 @@ def test_eval_batches_keep_order_and_documents_whole():
     batches = list(eval_batches(c, seq_len=100, batch_bytes=12, max_bytes=1000))
     assert [len(sequences(b)) for b in batches] == [2, 1]
     assert bytes(t for b in batches for _, ts in sequences(b) for t in ts if t != EOS) == b"abcdefghijklmno"
-    few = list(eval_batches(c, seq_len=100, batch_bytes=12, max_bytes=6))
+    few = list(eval_batches(c, seq_len=100, batch_bytes=12, max_bytes=5))
     assert sum(b.num_targets for b in few) == 6
+
+
+@pytest.mark.parametrize(("seq_len", "stride"), [(10, 3), (10, 1), (10, 10), (2, 1), (64, 20)])
+def test_with_a_stride_every_symbol_is_scored_once_after_enough_of_its_document(seq_len, stride):
+    c = Corpus.of([bytes(range(n)) for n in (1, 8, 9, 10, 11, 12, 13, 57)])
+    scored = []  # (document, place, context) of every target; bytes say their place, lengths the document
+    for batch in eval_batches(c, seq_len, 40, None, stride=stride):
+        found = sequences(batch)
+        assert batch.num_targets == sum(t != IGNORED for _, ts in found for t in ts)
+        assert batch.num_bytes == sum(t not in (IGNORED, EOS) for _, ts in found for t in ts)
+        for inputs, targets in found:
+            assert len(inputs) <= seq_len
+            assert all(t in (x, IGNORED) for x, t in zip(inputs[1:], targets, strict=False))
+            scored += [(t, i, inputs[1]) if i else (t, i, 0) for i, t in enumerate(targets) if t != IGNORED]
+    wanted = sorted(s for n in c.sizes for s in [*range(n), EOS])
+    assert sorted(t for t, _, _ in scored) == wanted
+    for symbol, context, first in scored:
+        assert context >= seq_len - stride or (first == 0 and (symbol == EOS or context == symbol))
+
+
+def test_eval_batches_stop_after_that_many_bytes_of_text():
+    c = Corpus.of([b"ab"] * 100)
+    (batch,) = eval_batches(c, 10, 1000, 50)
+    assert (batch.num_bytes, batch.num_targets) == (50, 75)
+
+
+def test_looking_ahead_takes_nothing():
+    c = random_corpus()
+    stream, other = PackStream(c, 50, 37, 5), PackStream(c, 50, 37, 5)
+    for _ in range(200):
+        seen = stream.ahead(37)
+        batch = next(stream)
+        assert seen.targets.tolist() == batch.targets.tolist()[: len(seen)]
+        assert key(batch) == key(next(other))
 
 
 def random_corpus(documents=20, longest=300, seed=0):

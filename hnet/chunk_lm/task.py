@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,9 +19,10 @@ from hnet.events import Event
 from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
 
 from .config import ChunkLMConfig
+from .evaluation import evaluate_chunk_lm
 from .model import ChunkLM
 from .train_config import ChunkLMTrainConfig
-from .windows import Windows, WindowStream, chunk_lm_loss, eval_windows
+from .windows import Windows, WindowStream, chunk_lm_loss
 
 
 class ChunkLMTask:
@@ -39,7 +39,7 @@ class ChunkLMTask:
             raise UserError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
         train, self.val = open_corpus(config)
-        self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed)
+        self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed, config.causal)
         self.model = ChunkLM(config.model()).to(device)
         self.stages = [list(self.model.parameters())]
         self.multipliers = [1.0]
@@ -83,19 +83,13 @@ class ChunkLMTask:
             self.unprinted.clear()
         return out
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out cross entropy, nats a byte predicted, at the present cutoff."""
-        model.eval()
-        c, total = self.config, torch.zeros(2, dtype=torch.float64, device=self.device)
-        count = max(c.eval_bytes // (c.seq_len if c.causal else c.chunk), 1)
-        for batch in eval_windows(self.val, c.seq_len, c.chunk, c.batch_size, count):
-            batch = batch.to(self.device)
-            _, means = self.loss(model, batch, 0)
-            total += torch.stack([means["ce"].double(), torch.ones_like(means["ce"]).double()]) * len(batch.input_ids)
-        model.train()
-        ce = (total[0] / total[1]).item()
-        return {"val_ce": ce, "val_bpb": ce / math.log(2)}
+        c = self.config
+        score = evaluate_chunk_lm(
+            self.model, self.val, self.autocast, seq_len=c.seq_len, batch_size=c.batch_size, max_bytes=c.eval_bytes
+        )
+        return {"val_ce": score.ce, "val_bpb": score.bpb}
 
     def sample(self) -> tuple[str, Text]:
         c = self.config

@@ -24,13 +24,27 @@ class Windows(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Bytes the chunk head predicts."""
+        """Bytes predicted: those after the windows."""
         return self.targets.numel()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of them bytes of text: all."""
+        return self.num_targets
 
     def to(self, device: torch.device) -> Windows:
         if device.type == "cpu":
             return self
-        return Windows(*(x.pin_memory().to(device, non_blocking=True) for x in self))
+        return type(self)(*(x.pin_memory().to(device, non_blocking=True) for x in self))
+
+
+class NextByteWindows(Windows):
+    """The same for a next-byte head."""
+
+    @property
+    def num_targets(self) -> int:
+        """Bytes predicted: the one after each position."""
+        return self.input_ids.numel()
 
 
 class WindowStream:
@@ -44,18 +58,21 @@ class WindowStream:
 
     Args:
         corpus: documents. seq_len: bytes of a window. chunk: bytes of its target. batch_size: windows.
+        causal: they are for a next-byte head.
 
     Raises:
         ValueError: a size below 1, or no place where a window fits.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, chunk: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, seq_len: int, chunk: int, batch_size: int, seed: int, causal: bool = False
+    ) -> None:
         for name, value in (("seq_len", seq_len), ("chunk", chunk), ("batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        self.seq_len, self.chunk, self.batch_size, self.seed = seq_len, chunk, batch_size, seed
+        self.seq_len, self.chunk, self.batch_size, self.seed, self.causal = seq_len, chunk, batch_size, seed, causal
         self.batches = 0
-        self.data, self.begins, lengths, self.unused_bytes = _documents(corpus, seq_len + chunk)
+        self.data, self.begins, lengths, self.unused_bytes = documents_of(corpus, seq_len + chunk)
         self.places = (lengths - (seq_len + chunk) + 1).cumsum()
         if not len(self.places):
             raise UserError(
@@ -85,12 +102,14 @@ class WindowStream:
         self.batches += 1
         document = np.searchsorted(self.places, draws, side="right")
         begin = self.begins[document] + draws - np.where(document > 0, self.places[document - 1], 0)
-        return _cut(self.data, begin, self.seq_len, self.chunk)
+        return _cut(self.data, begin, self.seq_len, self.chunk, self.causal)
 
 
-def eval_windows(corpus: Corpus, seq_len: int, chunk: int, batch_size: int, max_windows: int) -> Iterator[Windows]:
+def eval_windows(
+    corpus: Corpus, seq_len: int, chunk: int, batch_size: int, max_windows: int, causal: bool = False
+) -> Iterator[Windows]:
     """At most `max_windows` windows, evenly spread over the corpus, the same at every call."""
-    data, begins, lengths, _ = _documents(corpus, seq_len + chunk)
+    data, begins, lengths, _ = documents_of(corpus, seq_len + chunk)
     places = (lengths - (seq_len + chunk) + 1).cumsum()
     if not len(places):
         raise UserError(f"held-out text has no document of seq_len + chunk = {seq_len + chunk} bytes: add some")
@@ -99,17 +118,18 @@ def eval_windows(corpus: Corpus, seq_len: int, chunk: int, batch_size: int, max_
     document = np.searchsorted(places, draws, side="right")
     begin = begins[document] + draws - np.where(document > 0, places[document - 1], 0)
     for i in range(0, count, batch_size):
-        yield _cut(data, begin[i : i + batch_size], seq_len, chunk)
+        yield _cut(data, begin[i : i + batch_size], seq_len, chunk, causal)
 
 
-def _documents(corpus: Corpus, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """(data, begins, lengths, unused bytes) of the documents of at least `size` bytes, the short ones joined."""
+def documents_of(corpus: Corpus, size: int, least: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """(data, begins, lengths, unused bytes) of the documents of at least `size` bytes, the short ones joined, which are
+    used if they come to `least` bytes together (default: size)."""
     begins, lengths = corpus.begin, corpus.sizes
     short = lengths < size
     joined = int(lengths[short].sum())
     if not joined:
         return corpus.buffer, begins, lengths, 0
-    if joined < size:
+    if joined < (size if least is None else least):
         return corpus.buffer, begins[~short], lengths[~short], joined
     rest = np.concatenate([corpus.document(i) for i in np.flatnonzero(short).tolist()])
     data = np.concatenate([corpus.buffer, rest]) if not short.all() else rest
@@ -117,9 +137,9 @@ def _documents(corpus: Corpus, size: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return data, np.append(begins[~short], begin), np.append(lengths[~short], joined), 0
 
 
-def _cut(data: np.ndarray, begin: np.ndarray, seq_len: int, chunk: int) -> Windows:
+def _cut(data: np.ndarray, begin: np.ndarray, seq_len: int, chunk: int, causal: bool) -> Windows:
     ids = torch.from_numpy(data[begin[:, None] + np.arange(seq_len + chunk)].astype(np.int64))
-    return Windows(ids[:, :seq_len], ids[:, seq_len:])
+    return (NextByteWindows if causal else Windows)(ids[:, :seq_len], ids[:, seq_len:])
 
 
 def chunk_lm_loss(

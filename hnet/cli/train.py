@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
-from hnet.config.keys import fields, parse_toml, read_toml
+from hnet.config.keys import fields, override, parse_toml, read_toml
 from hnet.config.run import RunConfig
 from hnet.errors import UserError
 from hnet.train.config import TrainConfig
@@ -81,7 +81,7 @@ def configuration(default: type[RunConfig], config: str | None, resume: str | No
         if resume != "auto" or (run / "config.toml").is_file():
             flags = {"out": str(run), **flags}
             config = str(run / "config.toml")
-    return read(config, default, flags) if config else default(**flags)
+    return read(config, default, flags) if config else build(default, flags)
 
 
 def _run_of(default: type[RunConfig], resume: str | None, flags: dict[str, Any]) -> Path:
@@ -100,9 +100,17 @@ def read(path: str, default: type[RunConfig], flags: dict[str, Any]) -> RunConfi
         if name not in known:
             model, command = NAMES[cls]
             raise UserError(f"{path} is of {model}, which has no {name}; {command} shows the keys it has")
-    if "epochs" in flags and "steps" not in flags:
-        values.pop("steps", None)  # the length of the run is asked for anew
-    return cls(**{**values, **flags})
+    return build(cls, override(values, flags))
+
+
+def build(cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
+    """
+    Raises:
+        UserError: an H-Net's run is given both steps and epochs (in a ChunkLM's, epochs are counted in steps).
+    """
+    if cls is TrainConfig and "steps" in values and values.get("epochs"):
+        raise UserError(f"steps and epochs exclude each other, got {values['steps']} and {values['epochs']:g}")
+    return cls(**values)
 
 
 def kind_of(path: Path, default: type[RunConfig]) -> type[RunConfig]:

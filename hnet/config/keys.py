@@ -94,6 +94,15 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not text: {e}") from None
 
 
+def override(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file with those of flags above them. A flag for one of steps and epochs, which say the same,
+    replaces both: a run's config.toml has the steps that its epochs made."""
+    lengths = ("steps", "epochs")
+    if any(name in flags for name in lengths):
+        values = {name: v for name, v in values.items() if name not in lengths}
+    return {**values, **flags}
+
+
 def _typed(cls: Any, name: str, value: Any, where: str) -> Any:
     known = {f.name: f for f in fields(cls)}
     if name not in known:

@@ -4,6 +4,8 @@ A document is cut into pieces of at most `seq_len` bytes. A piece becomes one se
 it ends its document; inputs are all but the last symbol and targets all but the first, so every position has a target.
 Pieces are shuffled anew each epoch and laid end to end; pack k is the `batch_bytes` positions from k * batch_bytes on.
 Where a pack ends inside a piece, the rest of the piece opens the next one.
+
+A symbol or position is a byte or the end of a document; sizes called `num_bytes` count bytes of text alone.
 """
 
 from __future__ import annotations
@@ -24,19 +26,22 @@ from hnet.data.corpus import Corpus, Source
 from hnet.data.mixture import Mixture, Turns
 from hnet.errors import UserError
 
+IGNORED = -100  # a target that is not scored; F.cross_entropy's default
+
 
 @dataclass
 class Batch:
     input_ids: Tensor  # (T,) int64
-    targets: Tensor  # (T,) int64, the next symbol
+    targets: Tensor  # (T,) int64, the next symbol, or IGNORED
     cu_seqlens: Tensor  # (N+1,) int32
     max_seqlen: int
-    num_bytes: int  # targets that are bytes of documents; the others are EOS
+    num_bytes: int  # scored targets that are bytes of documents; the others are EOS
+    num_ignored: int = 0
     filler: bool = False  # runs through the model so that every rank runs as often, but counts for nothing
 
     @property
     def num_targets(self) -> int:
-        return 0 if self.filler else self.targets.shape[0]
+        return 0 if self.filler else self.targets.shape[0] - self.num_ignored
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -85,19 +90,28 @@ def concatenate(packs: list[Packed]) -> Packed:
 
 
 class Pieces:
-    """The pieces of a corpus, at most seq_len - 1 bytes each: room for BOS or EOS."""
+    """The pieces of a corpus, at most seq_len - 1 bytes each: room for BOS or EOS.
 
-    def __init__(self, corpus: Corpus, seq_len: int) -> None:
-        self.corpus, step = corpus, seq_len - 1
-        counts = -(-corpus.sizes // step)
+    With a stride they overlap: pieces of at most seq_len symbols begin every `stride` bytes of a document, until one
+    reaches its end. What a piece shares with the one before, its first seq_len - stride symbols, is context.
+    """
+
+    def __init__(self, corpus: Corpus, seq_len: int, stride: int | None = None) -> None:
+        self.corpus = corpus
+        step, longest = (seq_len - 1, seq_len - 1) if stride is None else (stride, seq_len)
+        counts = -(-corpus.sizes // step) if stride is None else 1 - np.minimum(seq_len - 1 - corpus.sizes, 0) // step
         self.begin = corpus.begin  # (pieces,) int64, in corpus.buffer
         ends = corpus.end
         if counts.max() > 1:
             first = np.repeat(counts.cumsum() - counts, counts)
             self.begin = np.repeat(corpus.begin, counts) + (np.arange(len(first)) - first) * step
             ends = np.repeat(corpus.end, counts)
-        self.size = np.minimum(ends - self.begin, step).astype(np.int32)  # (pieces,) bytes
-        self.last = self.begin + self.size == ends  # (pieces,) bool, EOS follows
+        self.size = np.minimum(ends - self.begin, longest).astype(np.int32)  # (pieces,) bytes
+        self.last = (self.begin + self.size == ends) & (self.size < seq_len)  # (pieces,) bool, EOS follows
+        self.context = np.zeros(0, dtype=np.int32)  # (pieces,) bytes that the piece before has scored
+        if stride is not None:
+            self.context = np.full(len(self.begin), seq_len - stride, dtype=np.int32)
+            self.context[counts.cumsum() - counts] = 0
 
     def part(self, shard: int, shards: int) -> Pieces:
         """Every `shards`-th piece from `shard` on; all, where there are fewer pieces than shards."""
@@ -372,6 +386,11 @@ class PackStream:
         # For processes that are not forked; an iterator cannot travel, and load_state_dict makes new rows.
         return {**self.__dict__, "_rows": []}
 
+    def ahead(self, positions: int) -> Packed:
+        """What comes next, at most that many positions, as one pack; it is not taken. For one corpus in memory."""
+        shuffled, at = self._rows[0][0].settle(self.position), self.position - self._rows[0][0].begin
+        return shuffled.pack(at, min(positions, shuffled.positions - at))
+
     @property
     def epochs(self) -> float:
         """Passes over the data so far, by all ranks together, judged by the rows read here; of a mixture, over the
@@ -416,31 +435,56 @@ def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def eval_batches(
-    corpus: Corpus, seq_len: int, batch_bytes: int, max_bytes: int, rank: int = 0, world_size: int = 1
+    corpus: Corpus,
+    seq_len: int,
+    batch_bytes: int,
+    max_bytes: int | None,
+    rank: int = 0,
+    world_size: int = 1,
+    stride: int | None = None,
 ) -> Iterator[Batch]:
-    """The first `max_bytes` of a corpus in order, whole pieces, batches of at most about `batch_bytes`; of them batches
-    rank, rank + world_size, ... Every rank gets equally many: where one would have fewer, its last is a filler."""
-    pieces, count = Pieces(corpus, seq_len), 0
-    for group in _groups(pieces.positions, batch_bytes, max_bytes):
+    """The first `max_bytes` bytes of text of a corpus (None: all) in order, whole pieces, batches of at most about
+    `batch_bytes` positions; of them batches rank, rank + world_size, ... Every rank gets equally many: where one would
+    have fewer, its last is a filler.
+
+    With a stride in [1, seq_len] every symbol is scored once, with at least seq_len - stride bytes before it where its
+    document has them; the targets that only repeat are IGNORED.
+    """
+    pieces, count = Pieces(corpus, seq_len, stride), 0
+    for group in _groups(pieces, batch_bytes, max_bytes):
         if count % world_size == rank:
-            yield pieces.pack(group).batch()
+            yield _eval_batch(pieces, group)
         count += 1
     if count and -count % world_size > world_size - 1 - rank:
-        filler = pieces.pack(next(_groups(pieces.positions, batch_bytes, max_bytes))).batch()
+        filler = _eval_batch(pieces, next(_groups(pieces, batch_bytes, max_bytes)))
         yield dataclasses.replace(filler, num_bytes=0, filler=True)
 
 
-def _groups(positions: np.ndarray, batch_bytes: int, max_bytes: int) -> Iterator[slice]:
+def _eval_batch(pieces: Pieces, group: slice) -> Batch:
+    packed = pieces.pack(group)
+    batch = packed.batch()
+    if not len(pieces.context):
+        return batch
+    context, begins = pieces.context[group], packed.cu_seqlens[:-1]
+    lengths = np.diff(packed.cu_seqlens)
+    repeated = np.arange(len(packed)) < np.repeat(begins + context, lengths)
+    batch.targets[torch.from_numpy(repeated)] = IGNORED
+    shared = int(context.sum())
+    return dataclasses.replace(batch, num_bytes=batch.num_bytes - shared, num_ignored=shared)
+
+
+def _groups(pieces: Pieces, batch_bytes: int, max_bytes: int | None) -> Iterator[slice]:
     """Neighbouring pieces that share a batch."""
     first = size = 0
-    left = max_bytes
-    for i, n in enumerate(positions):
+    left = math.inf if max_bytes is None else max_bytes
+    new = pieces.size - pieces.context if len(pieces.context) else pieces.size
+    for i, (n, scored) in enumerate(zip(pieces.positions, new, strict=True)):
         if left <= 0 or (size and size + n > batch_bytes):
             yield slice(first, i)
             first, size = i, 0
         if left <= 0:
             return
         size += int(n)
-        left -= int(n)
+        left -= int(scored)
     if size:
-        yield slice(first, len(positions))
+        yield slice(first, len(pieces))

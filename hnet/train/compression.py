@@ -2,23 +2,26 @@
 
 The ratio loss equals 1 for every F when G = 1/N, so by itself it may rest far from the target; the controller closes
 the loop on F itself. "bias" integrates a logit bias of every stage, b <- b - gain (F N - 1), which moves the rate and
-not the threshold; the bias is saved in the model's config. "alpha" integrates the weight of the ratio loss,
+not the threshold, within +-8; the bias is saved in the model's config. "alpha" integrates the weight of the ratio loss,
 alpha <- alpha + gain alpha_0 (|F N - 1| - 0.02). Both stand still for the last tenth of the run.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.plateau import Plateau
 
 from .config import TrainConfig
 
 TOLERANCE = 0.02
+MAX_BIAS = 8.0  # a factor of 3000 on the odds; what that does not reach cannot be reached
 MOST = 100.0  # times its start is as far as alpha goes
 
 
@@ -41,6 +44,7 @@ class Compression:
         self.base = float(weight)
         self.alpha = torch.full((len(self.stages),), self.base, device=device)
         self.notch = 0
+        self.at_limit: set[int] = set()  # stages whose bias has been reported
         self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
         if config.rate_control == "bias":
             for s in self.stages:
@@ -75,7 +79,7 @@ class Compression:
             move = c.rate_gain * error.clamp(-1, 1)
             for s, m in zip(self.stages, move.unbind(), strict=True):
                 assert s.logit_bias is not None
-                s.logit_bias -= torch.where(m.isfinite(), m, 0)
+                s.logit_bias.sub_(torch.where(m.isfinite(), m, 0)).clamp_(-MAX_BIAS, MAX_BIAS)
         else:
             move = c.rate_gain * max(self.base, 1e-3) * (error.abs().clamp(max=1) - TOLERANCE)
             self.alpha = (self.alpha + move.nan_to_num()).clamp(self.base, MOST * max(self.base, 1e-3))
@@ -91,6 +95,25 @@ class Compression:
         self.plateau.clear()
         self.notch += 1
         return True
+
+    def at_limits(self, row: dict[str, Any]) -> list[Event]:
+        """Says once of every stage that its bias can go no further while the target is missed."""
+        events = []
+        for i in range(len(self.stages)):
+            bias, F, target = (row.get(f"stage{i}/{k}", 0.0) for k in ("logit_bias", "F", "target"))
+            missed = math.copysign(1, bias) * (1 - F * target) > TOLERANCE  # on the side that the bias pushes to
+            if abs(bias) < MAX_BIAS - 1e-3:
+                self.at_limit.discard(i)
+            elif missed and i not in self.at_limit:
+                self.at_limit.add(i)
+                few = bias > 0  # chunks, though the bias asks for as many as it can
+                why = "boundaries allows no more" if few else "every sequence begins a chunk, and documents are short"
+                events.append(Event(
+                    "rate_at_limit", f"stage{i} has its logit bias at the limit, {bias:+g}, and {1 / max(F, 1e-9):.2f} "
+                    f"positions a chunk where {target:g} are asked for: this data cannot reach that, perhaps because "
+                    f"{why}; {'raise' if few else 'lower'} compression",
+                ))  # fmt: skip
+        return events
 
     def state_dict(self) -> dict[str, Any]:
         biases = [None if s.logit_bias is None else s.logit_bias.cpu() for s in self.stages]

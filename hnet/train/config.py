@@ -67,6 +67,7 @@ class TrainConfig(RunConfig):
     )
 
     # steps and stages
+    epochs: float = key(0.0, "passes over the training data, instead of steps; for files, not for streams", low=0)
     num_workers: int = key(0, "processes that make batches ahead; 0: none, batches are made between steps", low=0)
     stream: str = key(
         "auto",
@@ -107,7 +108,8 @@ class TrainConfig(RunConfig):
         return config
 
     def validate(self) -> TrainConfig:
-        """Returns self, with compression as one target a stage.
+        """Returns self, with compression as one target a stage. How many steps `epochs` are takes the data: see
+        `hnet.train.start.settle_steps`.
 
         Raises:
             ValueError: a value out of range, naming the key, what it is and what it may be.
@@ -115,6 +117,7 @@ class TrainConfig(RunConfig):
         """
         super().validate()
         need = self.need
+        need(not self.epochs or self.steps == TrainConfig.steps, "epochs", "left out where steps is given")
         for name in ("ratio_weight", "lr_multipliers"):
             value = getattr(self, name)
             need(value == "auto" or not isinstance(value, str), name, "numeric, or auto")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from hnet.data.corpus import Corpus
-from hnet.data.packing import PackStream
+from hnet.data.packing import PackStream, Pieces
 from hnet.data.sources import open_data
 from hnet.device import pick_autocast, pick_device
 from hnet.model.cost import plan, positions_per_byte
 
 from .config import TrainConfig
 from .schedule import Schedule, make_schedule
+from .start import check_reach, pack_size, settle_steps
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -23,28 +26,32 @@ def report(config: TrainConfig) -> str:
     c = config.validate()
     notes: list[str] = []
     train, val = open_data(c, notes.append)
-    PackStream(train, c.seq_len, c.batch_bytes, c.seed, shards=c.shards)  # complains of too little
+    settle_steps(c, train)
+    pack = pack_size(c, processes=1)
+    check_reach(c, PackStream(train, c.seq_len, pack, c.seed, shards=c.shards), pack)  # complains of too little, too
     passes = ""
     if isinstance(train, Corpus):
-        passes = f", {c.steps * c.batch_bytes / train.num_bytes:.2f} passes over the data"
+        passes = f", {c.steps * c.batch_bytes / (train.num_bytes + len(train)):.2f} passes over the data"
+    sequences = Pieces(train if isinstance(train, Corpus) else val, c.seq_len).positions
     device = pick_device(c.device)
     bf16 = pick_autocast(c.dtype, device) is not None
     architecture = c.model()
-    found = plan(architecture, c.compression, c.seq_len, c.batch_bytes // c.accumulation, c.optimizer == "muon", bf16)
+    found = plan(architecture, c.compression, torch.from_numpy(sequences), pack, c.optimizer == "muon", bf16)
     total = sum(s.parameters for s in found.stages)
-    seen = c.steps * c.batch_bytes
+    seen, flops = c.steps * c.batch_bytes, sum(found.flops)
     lines = [
         f"data       {train.amount}; held out {val.num_bytes:,} in {len(val):,}",
         *(f"           {note}" for note in notes),
         f"run        {c.steps:,} steps x {c.batch_bytes:,} bytes = {seen / 1e6:,.1f} MB{passes}",
-        f"model      {total / 1e6:,.2f} M parameters, {found.flops_per_byte / 1e6:,.2f} MFLOP a byte (forward and "
-        f"backward, at the target), {found.flops_per_byte * seen:.3g} FLOP in all",
+        f"model      {total / 1e6:,.2f} M parameters, {flops / 1e6:,.2f} MFLOP a byte (forward and backward, at the "
+        f"target, sequences of {sequences.mean():,.0f} bytes on average), {flops * seen:.3g} FLOP in all",
     ]
-    for s, (stage, share) in enumerate(zip(found.stages, positions_per_byte(c.compression), strict=True)):
+    shares = positions_per_byte(c.compression)
+    for s, (stage, share, cost) in enumerate(zip(found.stages, shares, found.flops, strict=True)):
         layout = " / ".join(architecture.layouts(s))
         lines.append(
             f"  stage {s}  {layout:16} width {architecture.d_model[s]:5}  {stage.parameters / 1e6:9.2f} M parameters  "
-            f"{1 / share:6.2f} bytes a position  {stage.flops * share / 1e6:9.2f} MFLOP a byte"
+            f"{1 / share:6.2f} bytes a position  {cost / 1e6:9.2f} MFLOP a byte"
         )
     lines += [
         f"memory     {found.state_bytes / 2**20:,.0f} MiB weights, gradients and optimiser; about "

@@ -21,6 +21,7 @@ from hnet.device import out_of_memory, pick_autocast, pick_device
 from hnet.errors import RunFailed
 from hnet.events import Event
 from hnet.model.cost import peak_flops
+from hnet.model.score import bits_per_byte
 from hnet.plateau import Plateau
 
 from . import checkpoint, distributed
@@ -42,7 +43,7 @@ class RunningStep:
     """A step that was started; its numbers may still be on the device."""
 
     step: int
-    bytes: int
+    positions: int  # of all processes
     waited: float  # seconds for its data
     row: dict[str, Any]
     reading: Reading
@@ -118,6 +119,7 @@ class Trainer:
         batches = [next(self.task.stream).to(self.device) for _ in range(c.accumulation)]
         waited = time.perf_counter() - begin
         mine = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
+        text = sum(b.num_bytes for b in batches)  # but not as many ends of documents
         means: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             share = batch.num_targets / mine
@@ -141,14 +143,13 @@ class Trainer:
             self.ema.update()
         self.task.after_step(self.step, means)
         self.state.step += 1
-        self.state.bytes += mine * self.world.size
         row = {
-            "step": self.step, "bytes": self.state.bytes, "lr": c.learning_rate * factor,
+            "step": self.step, "epoch": self.task.stream.epochs, "lr": c.learning_rate * factor,
             **{f"stage{i}/lr": rate for i, rate in rates.items()},
         }  # fmt: skip
-        stopping = torch.full((), float(self.interrupted), device=self.device)  # all stop at the step where one does
-        names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "stop"]
-        values = torch.cat([vector, norms, total[None], distributed.add_up(stopping, self.world)[None]])
+        sums = [torch.full((), x, dtype=torch.float64, device=self.device) for x in (text, self.interrupted)]
+        names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "bytes", "stop"]
+        values = torch.cat([vector, norms, total[None], distributed.add_up(torch.stack(sums), self.world)])
         return RunningStep(self.step, mine * self.world.size, waited, row, Reading(names, values))
 
     def finish_step(self, running: RunningStep) -> dict[str, Any]:
@@ -157,15 +158,19 @@ class Trainer:
         now = time.perf_counter()
         took, self.mark = now - (now if self.mark is None else self.mark), now
         self.state.seconds += took
-        self.stop = self.stop or means.pop("stop") > 0
+        self.stop = self.stop or means.pop("stop") > 0  # all stop at the step where one does
+        text = round(means.pop("bytes"))
+        self.state.bytes += text
         row = {
-            **running.row, "time": self.state.seconds, "bytes_per_second": running.bytes / max(took, 1e-9),
+            **running.row, "bytes": self.state.bytes, "time": self.state.seconds,
+            "bytes_per_second": text / max(took, 1e-9),
             "data_wait_share": running.waited / max(took, 1e-9),
-            "loss": means["loss"], "ce": means["ce"], "bpb": means["ce"] / math.log(2),
+            "loss": means["loss"], "ce": means["ce"], "bpb": bits_per_byte(means["ce"] * running.positions, text),
         }  # fmt: skip
         row |= self.task.row(running.step - 1, means)
         row |= {k: v for k, v in means.items() if k.endswith("grad_norm")}
-        if "flops_per_byte" in row:
+        if "flops_per_position" in row:
+            row["flops_per_byte"] = row.pop("flops_per_position") * running.positions / max(text, 1)
             row["flops_per_second"] = row["flops_per_byte"] * row["bytes_per_second"]
             if self.peak is not None:
                 row["mfu"] = row["flops_per_second"] / (self.peak * self.world.size)
@@ -200,7 +205,7 @@ class Trainer:
         return events
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out cross entropy (nats a target) and bits per byte; with weight_ema also those of the average."""
+        """Held-out cross entropy (nats a symbol) and bits per byte; with weight_ema also those of the average."""
         result = self.task.evaluate(self.model)
         if self.ema is not None:
             with self.ema.applied():

@@ -28,7 +28,7 @@ from .weight_ema import WeightEMA
 @dataclass
 class RunState:
     """task: what is trained, see task.py. parts: whatever else has a state_dict, by the name it is saved under.
-    step, bytes, seconds: optimiser steps, positions and time so far."""
+    step, bytes, seconds: optimiser steps, bytes of text and time so far."""
 
     config: RunConfig
     world: World

@@ -25,11 +25,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from hnet.config.architecture import lr_multipliers
-from hnet.data.packing import Batch, PackStream, eval_batches
+from hnet.data.packing import Batch, PackStream
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
 from hnet.device import World
-from hnet.errors import UserError
 from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
@@ -41,9 +40,11 @@ from hnet.segment import boundaries, render_plain, render_rich
 from .compile import compile_blocks
 from .compression import Compression
 from .config import TrainConfig
-from .distributed import add_up, shard
+from .distributed import shard
+from .evaluation import evaluate_hnet
 from .losses import losses
 from .shards import spread_state_like
+from .start import check_reach, pack_size, settle_steps
 
 
 class HNetTask:
@@ -57,18 +58,15 @@ class HNetTask:
         world: World,
     ) -> None:
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
-        packs = config.accumulation * world.size
-        if config.batch_bytes % packs:
-            raise UserError(
-                f"batch_bytes must be a multiple of accumulation x processes = {packs}, got {config.batch_bytes}"
-            )
-        self.pack_bytes = config.batch_bytes // packs
+        self.pack_bytes = pack_size(config, world.size)
         say = print if world.main else lambda _: None
         train, self.val = open_data(config, say)
+        settle_steps(config, train)
         share = (world.rank, world.size, config.shards)
         stream = PackStream(train, config.seq_len, self.pack_bytes, config.seed, *share)
         if advice := stream.advice(world.size * max(config.num_workers, 1)):
             say(advice)
+        check_reach(config, stream, self.pack_bytes)
         self.stream = with_workers(stream, config.num_workers)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
         for m in self.model.modules():
@@ -81,12 +79,13 @@ class HNetTask:
         chosen = config.lr_multipliers or [1.0] * len(self.stages)
         self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(chosen, str) else chosen
         self.compression = Compression(config, self.model)
-        self.costs = stage_costs(self.model, config.seq_len)
+        self.costs = stage_costs(self.model)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c, n = self.config, batch.targets.shape[0]
         alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
-        budget = [math.ceil(m * n) for m in c.max_chunks] or None
+        # a rare pack of very short documents has more sequences than the budget, and each begins a chunk
+        budget = [max(math.ceil(m * n), batch.cu_seqlens.shape[0] - 1) for m in c.max_chunks] or None
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
@@ -94,8 +93,12 @@ class HNetTask:
             reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
         )  # fmt: skip
-        means = {"ce": result.ce, "ratio_loss": result.ratio_loss}
+        lengths = [batch.cu_seqlens.diff(), *(r.cu_chunks.diff() for r in out.routing)]
+        flops = torch.stack([cost.of(x) for cost, x in zip(self.costs, lengths, strict=True)]).sum()
+        means = {"ce": result.ce, "ratio_loss": result.ratio_loss, "flops": flops / n}
         for i, s in enumerate(result.stages):
+            if (bias := self.compression.stages[i].logit_bias) is not None:
+                means[f"stage{i}/logit_bias"] = bias
             means |= {
                 f"stage{i}/F": s.F, f"stage{i}/G": s.G, f"stage{i}/ratio_loss": s.ratio_loss,
                 f"stage{i}/chunks": s.chunks / n,
@@ -110,41 +113,37 @@ class HNetTask:
             self.compression.after_step(step, F)
 
     def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
-        c, row = self.config, {"ratio_loss": means["ratio_loss"], "flops_per_byte": self.costs[0].flops}
+        c, row = self.config, {"ratio_loss": means["ratio_loss"], "flops_per_position": means["flops"]}
         for i, target in enumerate(self.compression.targets(step)):
             s = f"stage{i}"
             chunks = max(means[f"{s}/chunks"], 1e-9)
-            row["flops_per_byte"] += chunks * self.costs[i + 1].flops
             row |= {
                 f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/target": target,
                 f"{s}/bytes_per_chunk": 1 / chunks, f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
                 f"{s}/chunks_per_sequence": chunks / max(means[f"{s}/sequences"], 1e-9),
             }  # fmt: skip
+            if f"{s}/logit_bias" in means:
+                row[f"{s}/logit_bias"] = means[f"{s}/logit_bias"]
             if c.max_chunks:
                 row[f"{s}/dropped"] = round(means[f"{s}/dropped"] * c.batch_bytes)
         return row
 
     def observe(self, row: dict[str, Any]) -> list[Event]:
+        events = self.compression.at_limits(row)
         if self.compression.observe(row["ce"]):
             now = ", ".join(f"{t:g}" for t in self.compression.targets(row["step"]))
-            return [Event("target_annealed", f"the loss has settled: targets are now {now} positions per chunk")]
-        return []
+            events.append(Event("target_annealed", f"the loss has settled: targets are now {now} positions per chunk"))
+        return events
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out cross entropy (nats a target), bits per byte, and bytes per chunk of every stage."""
-        model.eval()
-        c, sums = self.config, torch.zeros(2 + len(self.compression.stages), dtype=torch.float64, device=self.device)
-        share = (self.world.rank, self.world.size)
-        for batch in eval_batches(self.val, c.seq_len, self.pack_bytes, c.eval_bytes, *share):
-            batch = batch.to(self.device)
-            _, means = self.loss(model, batch, 0)
-            chunks = [means[f"stage{j}/chunks"] for j in range(len(self.compression.stages))]
-            sums += torch.stack([means["ce"], torch.ones_like(means["ce"]), *chunks]).double() * batch.num_targets
-        model.train()
-        total, count, *stages = add_up(sums, self.world).tolist()
-        result = {"val_ce": total / count, "val_bpb": total / count / math.log(2)}
-        return result | {f"stage{i}/val_bytes_per_chunk": count / max(n, 1) for i, n in enumerate(stages)}
+        """Held-out cross entropy (nats a symbol), bits per byte of text, and bytes per chunk of every stage."""
+        c = self.config
+        score = evaluate_hnet(
+            self.model, self.val, self.autocast, seq_len=c.seq_len, batch_bytes=self.pack_bytes,
+            max_bytes=c.eval_bytes, world=self.world,
+        )  # fmt: skip
+        result = {"val_ce": score.ce, "val_bpb": score.bpb}
+        return result | {f"stage{i}/val_bytes_per_chunk": n for i, n in enumerate(score.bytes_per_chunk)}
 
     def sample(self) -> tuple[str, Text]:
         """A continuation and the chunks of a held-out snippet; and the outermost of these in colour."""

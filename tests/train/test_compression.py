@@ -52,6 +52,23 @@ def test_bias_moves_against_the_error_and_freezes(config):
     assert stage.logit_bias.item() == pytest.approx(-0.05)
 
 
+@pytest.mark.parametrize(("F", "limit"), [(0.9, -8.0), (0.001, 8.0)])
+def test_the_bias_has_a_limit_and_says_so_once(config, F, limit):
+    c, model = make(config, rate_control="bias", compression=[4.0], steps=10_000, rate_gain=0.5)
+    stage, events = next(model.stages()), []
+    for step in range(60):
+        row = {"stage0/F": F, "stage0/target": 4.0, "stage0/logit_bias": stage.logit_bias.item()}
+        events += c.at_limits(row)
+        c.after_step(step, torch.tensor([F]))
+    assert stage.logit_bias.item() == limit
+    (event,) = events
+    assert event.name == "rate_at_limit"
+    assert f"limit, {limit:+g}, and {1 / F:.2f} positions a chunk where 4 are asked for" in event.message
+    assert ("raise" if limit > 0 else "lower") + " compression" in event.message
+    c.after_step(60, torch.tensor([0.25 if F > 0.25 else 0.5]))  # now the target is met, or passed
+    assert c.at_limits({"stage0/F": 0.25, "stage0/target": 4.0, "stage0/logit_bias": limit}) == []
+
+
 def test_alpha_grows_while_the_target_is_missed(config):
     c, _ = make(config, rate_control="alpha", compression=[4.0], ratio_weight=1.0, rate_gain=0.1, steps=100)
     c.after_step(0, torch.tensor([0.375]))  # 50 % off

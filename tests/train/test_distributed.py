@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def test_a_step_with_the_global_ratio_loss_is_that_of_both_packs_as_one(ran, par
         torch.cat([a.cu_seqlens, a.cu_seqlens[-1] + b.cu_seqlens[1:]]), max(a.max_seqlen, b.max_seqlen),
         a.num_bytes + b.num_bytes,
     )  # fmt: skip
-    alone.task.stream = iter([merged])
+    alone.task.stream.take = lambda: SimpleNamespace(batch=lambda: merged)
     row = alone.train_step()
     one, two = {"rows": [row], "state": state_of(alone)}, found(folder, f"global-{parallel}")
     close(one, two, NAMES)

@@ -19,9 +19,14 @@ def test_dry_run(config):
 
 
 def test_rows_have_speed_and_cost(config):
-    row = Trainer(config).train_step()
-    costs = stage_costs(HNetForCausalLM(config.model()), config.seq_len)
-    assert row["flops_per_byte"] == pytest.approx(costs[0].flops + costs[1].flops / row["stage0/bytes_per_chunk"])
+    trainer, seen = Trainer(dataclasses.replace(config, batch_bytes=1024, accumulation=2)), []
+    forward = trainer.replica.forward
+    trainer.replica.forward = lambda *a, **k: seen.append((k["cu_seqlens"], forward(*a, **k))) or seen[-1][1]
+    row = trainer.train_step()
+    outer, inner = stage_costs(HNetForCausalLM(config.model()))
+    flops = sum(outer.of(cu.diff()) + inner.of(out.routing[0].cu_chunks.diff()) for cu, out in seen).item()
+    assert len(seen) == 2
+    assert row["flops_per_byte"] == pytest.approx(flops / row["bytes"], rel=1e-6)
     assert row["flops_per_second"] == pytest.approx(row["flops_per_byte"] * row["bytes_per_second"])
     assert "mfu" not in row  # a CPU has no peak in the table
     assert 0 <= row["data_wait_share"] < 1

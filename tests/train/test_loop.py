@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hnet import HNetForCausalLM
+from hnet import EOS, HNetForCausalLM
+from hnet.data.packing import PackStream, eval_batches
 from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, list_checkpoints
 from hnet.train.config import TrainConfig
@@ -36,11 +37,28 @@ def test_run_directory_and_metrics(config):
     assert [("val_bpb" in r) for r in rows] == [True, False, False, False, True, False, False, False, True]
     last = rows[-1]
     assert last["val_bpb"] == pytest.approx(result["val_bpb"], rel=1e-6)
-    assert last["bytes"] == 8 * 512
-    assert last["bpb"] == pytest.approx(last["ce"] / math.log(2), rel=1e-5)
+    assert 0 < last["epoch"] < 1
     assert last["loss"] == pytest.approx(last["ce"] + config.ratio_weight * last["ratio_loss"], rel=1e-5)
     assert last["stage0/bytes_per_chunk"] == pytest.approx(1 / last["stage0/F"], rel=1e-4)
     assert last["grad_norm"] == pytest.approx(math.hypot(last["stage0/grad_norm"], last["stage1/grad_norm"]), rel=1e-5)
+
+
+def test_bytes_and_bits_are_of_text(config):
+    config = dataclasses.replace(config, documents="line", steps=3, accumulation=2)
+    trainer = Trainer(config)
+    packs = PackStream(trainer.task.stream.source, config.seq_len, 512, config.seed)
+    result = trainer.train()
+    rows, total = metrics(config), 0
+    for row in rows[1:]:
+        ends = int((next(packs).targets == EOS).sum())  # no document holds the byte
+        total += 512 - ends
+        assert ends > 5
+        assert row["bytes"] == total
+        assert row["bpb"] == pytest.approx(512 * row["ce"] / math.log(2) / (512 - ends), rel=1e-5)
+    held_out = list(eval_batches(trainer.task.val, config.seq_len, 256, config.eval_bytes))
+    symbols, text = (sum(getattr(b, n) for b in held_out) for n in ("num_targets", "num_bytes"))
+    assert text + 10 < symbols
+    assert result["val_bpb"] == pytest.approx(symbols * result["val_ce"] / math.log(2) / text, rel=1e-9)
 
 
 @pytest.mark.slow
