@@ -15,7 +15,10 @@ from .shards import spread_like
 
 
 def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
-    """Matrices decay; norms, biases, convolutions and Mamba's A_log, D, dt_bias do not; embeddings if asked for."""
+    """Matrices decay; norms, biases, convolutions, Mamba's A_log, D, dt_bias and SpectralState's decay and angle (one
+    number a bin and channel, no map) do not; embeddings if asked for."""
+    if name.startswith("state.") and name.endswith((".decay", ".angle")):
+        return False
     return parameter.dim() == 2 and (embeddings or not name.startswith("embeddings."))
 
 
@@ -59,20 +62,22 @@ class Optimizers:
         return {g["stage"]: g["lr"] for g in self.parts[0].param_groups if not g["router"]}
 
     def step(self, finite: Tensor) -> None:
-        """One update, or none at all where `finite` () bool is false: on a CPU by looking, on a GPU without waiting.
-        (There Muon, which cannot skip, sees a zero gradient.)"""
-        if not finite.is_cuda:
-            if finite:
-                for part in self.parts:
-                    part.step()
-            return
+        """One update, or none at all where `finite` () bool is false: on a CPU by looking, on a GPU without waiting."""
+        if finite.is_cuda:
+            self.step_without_waiting(finite)
+        elif finite:
+            for part in self.parts:
+                part.step()
+
+    @torch.no_grad()
+    def step_without_waiting(self, finite: Tensor) -> None:
+        """`step` where nobody may look at `finite`: AdamW can skip by itself; Muon's updates are taken back."""
         for part in self.parts:
             if isinstance(part, torch.optim.AdamW):
                 part.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                part.step()
             else:
-                for p in (p for g in part.param_groups for p in g["params"] if p.grad is not None):
-                    p.grad = torch.where(finite, p.grad, 0)
-            part.step()
+                _step_one_by_one(part, finite)
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -90,3 +95,24 @@ class Optimizers:
             part.load_state_dict({**s, "state": moments})
             for group, own in zip(part.param_groups, kept, strict=True):
                 group.update(own)
+
+
+def _step_one_by_one(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """A step in which every parameter and its moments are as before where `finite` is false. One parameter at a time,
+    so that what is kept of before is never more than one of them."""
+    groups = optimizer.param_groups
+    try:
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                kept = {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+                before = p.clone()
+                optimizer.param_groups = [{**group, "params": [p]}]
+                optimizer.step()
+                p.copy_(torch.where(finite, p, before))
+                for k, v in optimizer.state[p].items():
+                    if isinstance(v, Tensor):
+                        v.copy_(torch.where(finite, v, kept.get(k, torch.zeros_like(v))))
+    finally:
+        optimizer.param_groups = groups

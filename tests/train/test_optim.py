@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from hnet import HNetConfig, HNetForCausalLM
+from hnet.chunk_lm import ChunkLM, ChunkLMConfig
 from hnet.model.parameters import stage_of, stage_parameters
 from hnet.train.config import TrainConfig
 from hnet.train.optim import Optimizers, decays, muon_parameters
@@ -64,3 +66,63 @@ def test_every_parameter_is_in_exactly_one_group(model):
         o = Optimizers(model, TrainConfig(optimizer=optimizer), [1.0] * 3)
         ids = [id(p) for part in o.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_spectral_state_parameters_do_not_decay():
+    model = ChunkLM(ChunkLMConfig(d_model=16, n_layers=1, seq_len=16, kernel_len=4, chunk=4, spectral_state=True))
+    p = dict(model.named_parameters())
+    assert p["state.decay"].dim() == p["state.angle"].dim() == 2  # numbers of bins and channels, not matrices
+    decayed = {n for n in p if decays(n, p[n])}
+    assert not {"state.decay", "state.angle"} & decayed
+    assert {"state.project.weight", "head.weight", "blocks.0.fc1.weight"} <= decayed
+
+
+def state_of(model, optimizers):
+    moments = {
+        (i, n, k): v.clone()
+        for i, part in enumerate(optimizers.parts)
+        for n, (_, values) in enumerate(part.state.items())
+        for k, v in values.items()
+    }
+    return [p.detach().clone() for p in model.parameters()], moments
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_step_that_is_not_finite_changes_nothing_without_looking(first):
+    """The path of a GPU, on a CPU: weights and moments of both optimisers, with and without moments to go stale."""
+    torch.manual_seed(0)
+    small = HNetForCausalLM(HNetConfig.preset("tiny"))
+    config = TrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.5)
+    o = Optimizers(small, config, [1.0] * 2)
+    finite = torch.tensor(True)
+
+    def gradients(value=None):
+        for p in small.parameters():
+            p.grad = torch.randn_like(p) if value is None else torch.full_like(p, value)
+
+    if not first:
+        gradients()
+        o.step_without_waiting(finite)
+    weights, moments = state_of(small, o)
+    for bad in (torch.nan, torch.inf):
+        gradients(bad)
+        o.step_without_waiting(~finite)
+        now, stale = state_of(small, o)
+        assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
+        assert all(torch.equal(v, moments.get(k, torch.zeros_like(v))) for k, v in stale.items())
+
+
+def test_stepping_without_looking_is_the_same_step():
+    """Five steps, the third not finite, against the optimisers that are simply not called there."""
+    models = []
+    for blind in (True, False):
+        torch.manual_seed(0)
+        small = HNetForCausalLM(HNetConfig.preset("tiny"))
+        o = Optimizers(small, TrainConfig(optimizer="muon", learning_rate=1e-2), [1.0] * 2)
+        for i in range(5):
+            for p in small.parameters():
+                p.grad = torch.randn_like(p) * (torch.nan if i == 2 else 1)
+            finite = torch.tensor(i != 2)
+            (o.step_without_waiting if blind else o.step)(finite)
+        models.append(list(small.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))
