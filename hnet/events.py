@@ -10,3 +10,4 @@ class Event(NamedTuple):
     message: str
     action: str = ""  # "", "rollback" or "abort"
     line: str = ""  # how the console says it; default: the step and the message
+    quiet: bool = False  # for metrics.jsonl only

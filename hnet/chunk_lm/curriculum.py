@@ -1,21 +1,25 @@
 """ChunkLM's frequency curriculum: training begins with low frequencies; the cutoff rises when the loss stops falling.
 
-A raise happens when at least `window` losses have been seen since the last one, the epoch is at least `min_epoch`, and
-of the last `window` losses the mean of the second half is less than the share `threshold` below that of the first
-(`Plateau`). Raises clear the history; the cutoff never falls. "epochs" raises at fixed epochs.
+The question is asked at the start of every epoch from `min_epoch` on (check "step": after every step), if at least
+`window` losses have been seen since the last raise: of the last `window` losses, is the mean of the second half less
+than the share `threshold` below that of the first (`Plateau`)? Raises clear the history; the cutoff never falls.
+"epochs" raises at fixed epochs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hnet.errors import UserError
 from hnet.events import Event
 from hnet.plateau import Plateau
 
+RECENT = 50  # losses that tell whether one has recovered
+
 
 class Curriculum:
-    """observe(step, loss, lr_factor) after every optimiser step -> events.
+    """observe(step, loss, lr_factor, cutoff) for every optimiser step, in order -> events.
 
     cutoffs: rising, in bins; 0 stands for all of them.  epoch e is steps [e, e + 1) * steps_per_epoch, from 0.
     """
@@ -31,10 +35,11 @@ class Curriculum:
         window: int = 50,
         threshold: float = 0.005,
         raise_epochs: list[int] | None = None,
+        check: str = "epoch",
     ) -> None:
         self.kind, self.bins, self.steps_per_epoch, self.min_epoch = kind, bins, steps_per_epoch, min_epoch
         self.cutoffs = check_cutoffs(cutoffs, bins) if kind != "none" else [bins]
-        self.raise_epochs = raise_epochs or []
+        self.raise_epochs, self.check = raise_epochs or [], check
         if kind == "epochs" and len(self.raise_epochs) != len(self.cutoffs) - 1:
             raise UserError(
                 f"raise_epochs must have one epoch for each of the {len(self.cutoffs) - 1} raises, got {raise_epochs}"
@@ -43,6 +48,7 @@ class Curriculum:
         self.index = 0
         self.raised_at: int | None = None  # steps done at the last raise, until the loss has recovered
         self.before = 0.0  # the loss then
+        self.rate_judged = True  # that of the first step after it
 
     @property
     def cutoff(self) -> int:
@@ -51,24 +57,28 @@ class Curriculum:
     def epoch(self, steps_done: int) -> int:
         return steps_done // self.steps_per_epoch
 
-    def observe(self, steps_done: int, loss: float, lr_factor: float) -> list[Event]:
-        """The loss of a finished step and the fraction of the peak learning rate it was taken at. A new cutoff holds
-        from the next step on."""
+    def observe(self, steps_done: int, loss: float, lr_factor: float, cutoff: int | None = None) -> list[Event]:
+        """The loss of a finished step, with the fraction of the peak learning rate and the cutoff (default: the present
+        one) it was trained at. A new cutoff holds for steps started from now on; those that were on their way at the
+        old one count for nothing."""
+        if cutoff not in (None, self.cutoff):
+            return []
         events = self._recovery(steps_done, loss, lr_factor)
         self.plateau.observe(loss)
         if self.index + 1 == len(self.cutoffs):
             return events
         epoch = self.epoch(steps_done)
         if self.kind == "plateau":
-            due, why = epoch >= self.min_epoch and self.plateau.fires(), "loss plateaued"
+            asked = epoch >= self.min_epoch and (self.check == "step" or steps_done % self.steps_per_epoch == 0)
+            due, why = asked and self.plateau.fires(), "loss plateaued"
         else:
             due, why = self.kind == "epochs" and epoch >= self.raise_epochs[self.index], "by schedule"
         if not due:
             return events
-        recent = list(self.plateau.losses)
+        recent = list(self.plateau.losses)[-RECENT:]
         self.before = sum(recent) / len(recent) if recent else loss
         old, self.index = self.cutoff, self.index + 1
-        self.raised_at = steps_done
+        self.raised_at, self.rate_judged = steps_done, False
         self.plateau.clear()
         message = f"Epoch {epoch} CUTOFF RAISED: {old} -> {self.cutoff} ({why})"
         events.append(Event("cutoff_raised", message, line=message))
@@ -76,14 +86,15 @@ class Curriculum:
 
     def _recovery(self, steps_done: int, loss: float, lr_factor: float) -> list[Event]:
         """Warnings of what goes wrong after a raise: a learning rate that is not back, a loss that stays up."""
-        if self.raised_at is None:
+        if self.raised_at is None or not math.isfinite(loss):
             return []
         events = []
-        if steps_done == self.raised_at + 1 and lr_factor < 0.999:
+        if not self.rate_judged and lr_factor < 0.999:
             message = f"after the raise to {self.cutoff} the learning rate is at {lr_factor:.2f} of its peak, not at it"
             events.append(Event("lr_not_at_peak", message))
-        recent = [*self.plateau.losses, loss][-self.plateau.window :]
-        if len(recent) >= self.plateau.window // 2 and sum(recent) / len(recent) <= self.before:
+        self.rate_judged = True
+        recent = [*self.plateau.losses, loss][-min(self.plateau.window, RECENT) :]
+        if len(recent) >= min(self.plateau.window, RECENT) // 2 and sum(recent) / len(recent) <= self.before:
             self.raised_at = None
         elif steps_done >= self.raised_at + self.steps_per_epoch:
             message = (
@@ -97,7 +108,7 @@ class Curriculum:
     def state_dict(self) -> dict[str, Any]:
         return {
             "index": self.index, "losses": self.plateau.state_dict(), "raised_at": self.raised_at,
-            "before": self.before,
+            "before": self.before, "rate_judged": self.rate_judged,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,6 +119,7 @@ class Curriculum:
         if state["index"] >= len(self.cutoffs):
             raise UserError(f"the checkpoint is at cutoff number {state['index']}, but cutoffs are {self.cutoffs}")
         self.index, self.raised_at, self.before = state["index"], state["raised_at"], state["before"]
+        self.rate_judged = state["rate_judged"]
         self.plateau.load_state_dict(state["losses"])
 
 

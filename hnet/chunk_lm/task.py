@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,7 +46,7 @@ class ChunkLMTask:
         self.multipliers = [1.0]
         self.curriculum = config.make_curriculum()
         self.model.set_cutoff(self.curriculum.cutoff)
-        self.losses: list[float] = []  # of this epoch
+        self.losses: list[float] = []  # of this epoch, as far as printed
         self.unprinted: list[float] = []  # since the last line
 
     def loss(self, model: nn.Module, batch: Windows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,18 +58,30 @@ class ChunkLMTask:
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
         pass
 
-    def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
+    def trained_at(self, step: int) -> dict[str, Any]:
         return {"cutoff": self.model.cutoff, "epoch": self.curriculum.epoch(step)}
 
+    def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
+        return {}
+
     def observe(self, row: dict[str, Any]) -> list[Event]:
-        self.losses.append(row["ce"])
-        events = self.curriculum.observe(row["step"], row["ce"], row["lr"] / self.config.peak(row["step"] - 1))
+        at_peak = row["lr"] / self.config.peak(row["step"] - 1)
+        events = self.curriculum.observe(row["step"], row["ce"], at_peak, row["cutoff"])
         self.model.set_cutoff(self.curriculum.cutoff)
         return events
+
+    def settles(self, step: int) -> bool:
+        """At the end of an epoch: a raise there and the schedule's own restart are at the same step."""
+        return step % self.config.steps_per_epoch == 0
+
+    def evaluated(self, val_ce: float) -> list[Event]:
+        return []
 
     def lines(self, row: dict[str, Any]) -> list[str]:
         """What is printed after a finished step; its loss is the mean since the last line."""
         c, out = self.config, []
+        if math.isfinite(row["ce"]):
+            self.losses.append(row["ce"])
         at = (row["step"] - 1) % c.steps_per_epoch + 1
         self.unprinted.append(row["loss"])
         if at % c.log_every == 0:

@@ -56,6 +56,21 @@ class ChunkLMTrainConfig(RunConfig):
     )
     cutoffs: list[int] = key([128, 256, 512, 0], "frequency bins passed, rising; 0 at the end: all")
     raise_epochs: list[int] = key([2, 5, 10], "curriculum epochs: when each raise comes")
+    plateau_check: str = key(
+        "epoch",
+        "curriculum plateau: ask at the start of every epoch, so that a raise and the schedule's restart coincide, or "
+        "after every step",
+        choices=("epoch", "step"),
+    )
+    plateau_window: int = key(
+        0, "curriculum plateau: losses of steps it is judged on, all since the last raise; 0: an epoch's", low=0
+    )
+    plateau_threshold: float = key(
+        0.005,
+        "curriculum plateau: the mean of the window's second half is less than this share below that of its first half",
+        low=0,
+        high=1,
+    )
     min_epoch_before_raise: int = key(2, "curriculum plateau: no raise before this epoch", low=0)
     log_every: int = key(10, "steps between printed lines", low=1)
     eval_every: int = key(0, "steps between held-out evaluations; 0: every epoch", low=0)
@@ -80,8 +95,8 @@ class ChunkLMTrainConfig(RunConfig):
         bins = self.model().bins
         return Curriculum(
             self.curriculum, self.cutoffs, bins, steps_per_epoch=self.steps_per_epoch,
-            min_epoch=self.min_epoch_before_raise, window=self.plateau_window, threshold=self.plateau_threshold,
-            raise_epochs=self.raise_epochs,
+            min_epoch=self.min_epoch_before_raise, window=self.plateau_window or max(self.steps_per_epoch, 2),
+            threshold=self.plateau_threshold, raise_epochs=self.raise_epochs, check=self.plateau_check,
         )  # fmt: skip
 
     def validate(self) -> ChunkLMTrainConfig:
@@ -110,6 +125,7 @@ class ChunkLMTrainConfig(RunConfig):
                     raise UserError(f"stage{i}_min_mult must be at most stage{i}_lr_mult ({peak}), above 0; got {low}")
             self.derive(restart_at=at[:count], restart_min=lows[:count], restart_peak=peaks[:count])
         super().validate()
+        self.need(self.plateau_window != 1, "plateau_window", "0 (an epoch) or at least 2")
         self.model()
         self.make_curriculum()
         return self

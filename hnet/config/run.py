@@ -53,8 +53,8 @@ class RunConfig:
     decay_embeddings: bool = key(False, "let the embeddings decay too")
     schedule: str = key(
         "wsd",
-        "wsd (warm up, stay, decay), cosine, constant, plateau (drop when the loss stops falling), restarts (a "
-        "cosine for each stage of restart_at)",
+        "wsd (warm up, stay, decay), cosine, constant, plateau (drop when the validation loss stops falling), restarts "
+        "(a cosine for each stage of restart_at)",
         choices=("wsd", "cosine", "constant", "plateau", "restarts"),
     )
     warmup_steps: int = key(100, "linear warm-up", low=0)
@@ -70,14 +70,19 @@ class RunConfig:
     restart_min: list[float] = key([0.1], "restarts: where each stage's cosine ends, as a share of learning_rate")
     restart_peak: list[float] = key([], "restarts: where each stage's cosine begins; default 1 for all")
     restart_on_plateau: bool = key(False, "restarts: a plateau also returns the rate to its peak")
-    plateau_window: int = key(50, "losses a plateau is judged on", low=2)
-    plateau_threshold: float = key(
-        0.005,
-        "a plateau: the mean of the window's second half is less than this share below that of its first half",
+    plateau_patience: int = key(
+        3,
+        "a plateau: more evaluations in a row than this, after the warm-up, without a better validation cross entropy "
+        "(schedule plateau, restart_on_plateau, compression_anneal plateau)",
         low=0,
-        high=1,
     )
-    plateau_factor: float = key(0.5, "plateau schedule: the drop", low=0, high=1)
+    plateau_cooldown: int = key(1, "evaluations after a plateau that do not count towards the next", low=0)
+    plateau_min_gain: float = key(
+        0.001, "a plateau: better is below the best validation cross entropy by at least this share", low=0, high=0.99
+    )
+    plateau_factor: float = key(
+        0.5, "plateau schedule: the drop; min_lr, or 0.001 of the peak, is the lowest rate", low=0, high=0.99
+    )
     clipping: str = key(
         "norm",
         "norm: to max_grad_norm; adaptive: every stage to a percentile of its recent norms; off",
@@ -98,7 +103,12 @@ class RunConfig:
     )
 
     # stopping and guards
-    patience: int = key(0, "stop after so many evaluations without a better validation cross entropy; 0: never", low=0)
+    patience: int = key(
+        0,
+        "stop after so many evaluations without a better validation cross entropy; 0: never. With schedule plateau "
+        "they are counted once the rate is at its lowest",
+        low=0,
+    )
     min_delta: float = key(0.0, "what counts as better, nats", low=0)
     stop_smoothing: float = key(
         0.0, "exponential smoothing of the validation cross entropy before it is judged", low=0, high=0.99999

@@ -30,7 +30,11 @@ def non_finite(log: Log) -> list[Finding]:
     counts = [f"{n} at {len(s)} step{'s' * (len(s) > 1)} (first {s[0]})" for n, s in sorted(steps.items())]
     evidence = ["not finite: " + ", ".join(counts) + "."] if counts else []
     if events:
-        evidence.append(f"The trainer skipped {len(events)} updates, the first at step {events[0].step}.")
+        # older trainers wrote one event for many: their rows tell
+        rows = {s for n, v in steps.items() if n in ("loss", "grad_norm") for s in v}
+        skipped = max(len(events), len(rows))
+        first = min([events[0].step, *rows])
+        evidence.append(f"The trainer skipped {skipped} update{'s' * (skipped > 1)}, the first at step {first}.")
     last = f"{int(good[-1])}" if len(good) else "none"
     evidence.append(f"Last finite loss at step {last}; {'it went on' if recovered else 'it never came back'}.")
     change = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
-from hnet.plateau import Plateau
+from hnet.plateau import ValidationPlateau
 
 from .config import TrainConfig
 
@@ -45,7 +45,7 @@ class Compression:
         self.alpha = torch.full((len(self.stages),), self.base, device=device)
         self.notch = 0
         self.at_limit: set[int] = set()  # stages whose bias has been reported
-        self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
+        self.plateau = ValidationPlateau(config.plateau_patience, config.plateau_cooldown, config.plateau_min_gain)
         if config.rate_control == "bias":
             for s in self.stages:
                 if s.logit_bias is None:
@@ -84,15 +84,14 @@ class Compression:
             move = c.rate_gain * max(self.base, 1e-3) * (error.abs().clamp(max=1) - TOLERANCE)
             self.alpha = (self.alpha + move.nan_to_num()).clamp(self.base, MOST * max(self.base, 1e-3))
 
-    def observe(self, ce: float) -> bool:
-        """With annealing by plateau: True if the target moved a notch."""
+    def observe(self, val_ce: float) -> bool:
+        """The cross entropy of an evaluation. With annealing by plateau: True if the target moved a notch."""
         c = self.config
         if not c.compression_start or c.compression_anneal != "plateau" or self.notch >= c.compression_notches:
             return False
-        self.plateau.observe(ce)
-        if not self.plateau.fires():
+        if not self.plateau.observe(val_ce):
             return False
-        self.plateau.clear()
+        self.plateau.clear()  # what was reached with the old target is out of reach
         self.notch += 1
         return True
 

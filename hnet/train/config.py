@@ -43,7 +43,7 @@ class TrainConfig(RunConfig):
     compression_start: list[float] = key([], "anneal the target from here to compression; default: no annealing")
     compression_anneal: str = key(
         "steps",
-        "when the target moves: over steps, or one notch at each plateau of the loss",
+        "when the target moves: over steps, or one notch at each plateau of the validation loss",
         choices=("steps", "plateau"),
     )
     compression_anneal_steps: int = key(0, "length of the annealing; 0: half the run", low=0)

@@ -1,12 +1,15 @@
 """Watching a run for the ways H-Net runs die. Every finding is an event in metrics.jsonl and a line on the console.
 
-non_finite        the loss or a gradient is not a number; the step was not taken. Too many in a row end the run.
+non_finite        the loss or a gradient is not a number; the step was not taken. An event for each such step (the
+                  console hears of it again after QUIET steps). Too many in a row end the run.
 loss_spike        the loss stays far above its recent median; the loop may go back to the last checkpoint.
 collapse_open     nearly every byte is a chunk (F -> 1): the inner stages see no compression
 collapse_closed   nearly every document is one chunk (F -> 0): the inner stages see nothing
 target_missed     realised positions per chunk are over 25 % off although the ratio loss is near 1
 grad_explosion    the gradient of a stage is far above its recent median
 budget_overflow   max_chunks drops boundaries
+
+A planned jump of the loss (cutoff, target, learning rate) is not a spike: `forget` says where the history begins anew.
 """
 
 from __future__ import annotations
@@ -36,16 +39,27 @@ class Guards:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.recent: dict[str, deque[float]] = {}
         self.said: dict[str, int] = {}
+        self.fresh: int | None = None  # the first step of a history that is yet to begin
+
+    def forget(self, step: int) -> None:
+        """From `step` on rows are compared with each other only: before it the run was at other settings."""
+        self.fresh = step
 
     def check(self, row: dict[str, Any]) -> list[Event]:
         """row: a line of metrics.jsonl."""
+        if self.fresh is not None and row["step"] >= self.fresh:
+            self.fresh, self.spiking = None, 0
+            self.losses.clear()
+            for key in [k for k in self.recent if k.endswith(("/rate", "/ratio_loss"))]:
+                del self.recent[key]
         events = self._finite(row)
         if not events:
             events = self._spike(row["loss"])
             stages = sorted({k.split("/")[0] for k in row if k.startswith("stage")})
             for s in stages:
                 events += [*self._compression(row, s), *self._gradient(row, s)]
-        return [e for e in events if e.action or self._news(e, row["step"])]
+        told = [e if e.action or self._news(e, row["step"]) else e._replace(quiet=True) for e in events]
+        return [e for e in told if e.name == "non_finite" or not e.quiet]
 
     def _news(self, event: Event, step: int) -> bool:
         key = event.name + event.message.split(":")[0]
@@ -140,11 +154,12 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         return {
             "bad": self.bad, "spiking": self.spiking, "losses": list(self.losses), "said": dict(self.said),
-            "recent": {k: [v.maxlen, *v] for k, v in self.recent.items()},
+            "recent": {k: [v.maxlen, *v] for k, v in self.recent.items()}, "fresh": self.fresh,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bad, self.spiking, self.said = state["bad"], state["spiking"], dict(state["said"])
+        self.fresh = state["fresh"]
         self.losses = deque(state["losses"], maxlen=WINDOW)
         self.recent = {k: deque(v[1:], maxlen=v[0]) for k, v in state["recent"].items()}
 

@@ -59,7 +59,8 @@ class Journal:
                 self.event(row["step"], Event("disk_full", f"no room for {METRICS}: its rows wait until there is"))
 
     def event(self, step: int, event: Event) -> None:
-        self.console.event(event.line or f"step {step}: {event.message}")
+        if not event.quiet:
+            self.console.event(event.line or f"step {step}: {event.message}")
         self.row({"step": step, "event": event.name, "message": event.message})
 
     def abandoned(self, left: Abandoned | None) -> None:

@@ -1,9 +1,17 @@
-"""The training loop: one step, one finished row, evaluation, saving; the same for every task."""
+"""The training loop, the same for every task.
+
+A step is started (queued on the device), finished (its numbers have arrived: a row, which is reported) and answered
+(what the row sets off: guards, curriculum, learning rate). On a GPU a step is finished `delay` = 1 steps after it was
+started, so that the device never waits; hence the row of step s is answered when step s + delay has been started, and
+what it sets off holds from step s + delay + 1 on and is logged as of step s + delay. Nothing is left for later at an
+evaluation, at a checkpoint, at the last step, and where the task asks for it (`settles`): there the row is answered
+before the next step starts, on a GPU as on a CPU. What a step was trained at (rate, target, cutoff, epoch) is written
+down when it starts. A run stopped in between saves the rows that are not yet answered.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 from collections import deque
@@ -22,7 +30,7 @@ from hnet.errors import RunFailed
 from hnet.events import Event
 from hnet.model.cost import peak_flops
 from hnet.model.score import bits_per_byte
-from hnet.plateau import Plateau
+from hnet.plateau import ValidationPlateau
 
 from . import checkpoint, distributed
 from .clipping import Clipper
@@ -37,6 +45,9 @@ from .stopping import EarlyStopping
 from .task import HNetTask
 from .weight_ema import WeightEMA
 
+PLANNED = ("cutoff_raised", "target_annealed", "lr_drop", "lr_restart")  # the loss may jump: what was seen is history
+RESTARTS = ("cutoff_raised", "lr_restart")  # the learning rate returns to its peak
+
 
 @dataclasses.dataclass
 class RunningStep:
@@ -45,8 +56,21 @@ class RunningStep:
     step: int
     positions: int  # of all processes
     waited: float  # seconds for its data
-    row: dict[str, Any]
+    row: dict[str, Any]  # what it was trained at
     reading: Reading
+
+
+class Unanswered:
+    """Finished rows, oldest first, whose answer is due after a later step has been started."""
+
+    def __init__(self) -> None:
+        self.rows: deque[dict[str, Any]] = deque()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return list(self.rows)
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self.rows = deque(state)
 
 
 class Trainer:
@@ -81,14 +105,17 @@ class Trainer:
         self.optimizers = Optimizers(self.model, config, self.task.multipliers, getattr(config, "router_lr", 1.0))
         self.clipper = Clipper(config, self.task.stages, self.device)
         self.schedule = make_schedule(config)
-        self.plateau = Plateau(config.plateau_window, config.plateau_threshold)
+        self.plateau = ValidationPlateau(config.plateau_patience, config.plateau_cooldown, config.plateau_min_gain)
         self.guards = Guards(warmup=config.warmup, max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor)
         self.stopping = EarlyStopping(config.patience, config.min_delta, config.stop_smoothing)
         self.ema = WeightEMA(self.model, config.weight_ema) if config.weight_ema else None
+        self.delay = 1 if self.device.type == "cuda" else 0
+        self.running: deque[RunningStep] = deque()
+        self.unanswered = Unanswered()
         self.peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         parts: dict[str, Any] = {
             "data": self.task.stream, "schedule": self.schedule, "plateau": self.plateau, "guards": self.guards,
-            "stopping": self.stopping, "clipper": self.clipper,
+            "stopping": self.stopping, "clipper": self.clipper, "unanswered": self.unanswered,
         }  # fmt: skip
         self.state = RunState(config, self.world, self.device, self.task, self.optimizers, self.ema, parts)
         self.mark: float | None = None  # when the last step was finished; None after a pause
@@ -116,6 +143,7 @@ class Trainer:
         c, begin = self.config, time.perf_counter()
         if self.mark is None:
             self.mark = begin
+        trained_at = self.task.trained_at(self.step)
         batches = [next(self.task.stream).to(self.device) for _ in range(c.accumulation)]
         waited = time.perf_counter() - begin
         mine = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
@@ -145,7 +173,7 @@ class Trainer:
         self.state.step += 1
         row = {
             "step": self.step, "epoch": self.task.stream.epochs, "lr": c.learning_rate * factor,
-            **{f"stage{i}/lr": rate for i, rate in rates.items()},
+            **{f"stage{i}/lr": rate for i, rate in rates.items()}, **trained_at,
         }  # fmt: skip
         sums = [torch.full((), x, dtype=torch.float64, device=self.device) for x in (text, self.interrupted)]
         names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "bytes", "stop"]
@@ -183,26 +211,10 @@ class Trainer:
         return self.finish_step(self.start_step())
 
     def respond(self, row: dict[str, Any]) -> list[Event]:
-        """What a finished row sets off: guards, plateaus, the task's own curriculum."""
-        c, events = self.config, self.guards.check(row)
-        if not math.isfinite(row["loss"]):
-            return events
-        events += self.task.observe(row)
-        if any(e.name == "cutoff_raised" for e in events):
-            self.schedule.restart(self.step)
-        if c.schedule == "plateau" or c.restart_on_plateau:
-            self.plateau.observe(row["ce"])
-            if row["step"] > c.warmup and self.plateau.fires():
-                self.plateau.clear()
-                if c.schedule == "plateau":
-                    self.schedule.drop()
-                    events.append(
-                        Event("lr_drop", f"plateau: the learning rate drops to {self.schedule.drops:g} of its peak")
-                    )
-                else:
-                    self.schedule.restart(self.step)
-                    events.append(Event("lr_restart", "plateau: the learning rate returns to its peak"))
-        return events
+        """What a finished row sets off: guards, the task's own curriculum. It holds from the next step started on."""
+        if self.schedule.begins(row["step"] - 1):
+            self.guards.forget(row["step"])
+        return [*self.guards.check(row), *self.task.observe(row)]
 
     def evaluate(self) -> dict[str, float]:
         """Held-out cross entropy (nats a symbol) and bits per byte; with weight_ema also those of the average."""
@@ -256,32 +268,24 @@ class Trainer:
             result = self.evaluate()
             journal.row({"step": 0, "bytes": 0, "time": 0.0, **result})
             journal.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
-        queue: deque[RunningStep] = deque()
         while self.step < c.steps and not self.stop:
-            queue.append(self.start_step())
+            self.running.append(self.start_step())
             if profiler is not None:
                 profiler.step()
             last = self.step == c.steps
             evaluating = last or self.step % c.eval_every == 0
             saving = last or self.step % c.checkpoint_every == 0
-            behind = 1 if self.device.type == "cuda" and not (evaluating or saving) else 0
-            while len(queue) > behind:
-                row = self.finish_step(queue.popleft())
-                events = self.respond(row)
-                if evaluating and not queue:
-                    result = self.evaluate()
-                    row |= result
-                self._report(row, events)
-                self._act(events)
+            settled = evaluating or saving or self.task.settles(self.step)
+            result = self._finish(0 if settled else self.delay, evaluating) or result
+            rows = self.unanswered.rows
+            while rows and (settled or rows[0]["step"] + self.delay <= self.step):
+                self._answer(self.respond(rows.popleft()))
             if evaluating:
                 self._after_evaluation(result)
             if saving or self.stop or self.stopping.best_step == self.step:
                 self._save_and_report(last=last or self.stop)
-            if not queue:
+            if not self.running:
                 self.mark = None
-        while queue:
-            row = self.finish_step(queue.popleft())
-            self._report(row, self.respond(row))
         self.state.background.wait()
         if self.stop and self.step < c.steps:
             journal.say(f"stopped at step {self.step}; saved. Go on with: hnet train --resume --out {self.out}")
@@ -296,12 +300,22 @@ class Trainer:
         )
         return profiler.__enter__()
 
-    def _report(self, row: dict[str, Any], events: list[Event]) -> None:
+    def _finish(self, leave: int, evaluating: bool = False) -> dict[str, float]:
+        """Rows of all but the `leave` latest of the running steps; the evaluation, if there is one, joins the last."""
+        result: dict[str, float] = {}
+        while len(self.running) > leave:
+            row = self.finish_step(self.running.popleft())
+            if evaluating and not self.running:
+                result = self.evaluate()
+                row |= result
+            self._report(row)
+            self.unanswered.rows.append(row)
+        return result
+
+    def _report(self, row: dict[str, Any]) -> None:
         c, journal = self.config, self.journal
         for line in self.task.lines(row):
             journal.say(line)
-        for e in events:
-            journal.event(row["step"], e)
         if (
             row["step"] == c.steps
             or self.task.prints
@@ -314,11 +328,19 @@ class Trainer:
             journal.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
         journal.console.update(row)
 
-    def _act(self, events: list[Event]) -> None:
+    def _answer(self, events: list[Event]) -> None:
+        """Log events as of now, and do what they ask for."""
+        for e in events:
+            self.journal.event(self.step, e)
+        if any(e.name in PLANNED for e in events):
+            self.guards.forget(self.step + 1)
+        if any(e.name in RESTARTS for e in events):
+            self.schedule.restart(self.step)
         for e in events:
             if e.action == "abort":
                 raise RunFailed(f"step {self.step}: {e.message}")
             if e.action == "rollback" and self.config.spike_rollback and (path := self.state.roll_back()):
+                self.guards.forget(self.step + 1)
                 self.schedule.cut *= self.config.spike_lr_cut
                 message = f"rolled back to the weights of {path.name}; learning rate x {self.schedule.cut:g}"
                 self.journal.event(self.step, Event("rollback", message))
@@ -326,14 +348,37 @@ class Trainer:
     def _after_evaluation(self, result: dict[str, float]) -> None:
         if self.config.sample_bytes and self.world.main and not sharded(self.model):
             self.journal.sample(self.step, *self.task.sample())
-        self.stopping.observe(self.step, result["val_ce"])
+        val_ce = result["val_ce"]
+        events = self.task.evaluated(val_ce)
+        held = bool(events)  # what is trained for has changed: let it settle before judging
+        hold = held or self.schedule.can_drop
+        events += self._plateau(val_ce, held)
+        self.stopping.observe(self.step, val_ce, hold)
         if self.stopping.stop and self.step < self.config.steps:
             message = f"early stop: no better validation cross entropy in {self.config.patience} evaluations"
-            self.journal.event(self.step, Event("early_stop", message))
+            events.append(Event("early_stop", message))
             self.stop = True
+        self._answer(events)
+
+    def _plateau(self, val_ce: float, held: bool) -> list[Event]:
+        """The learning rate's answer to an evaluation."""
+        c = self.config
+        if held:
+            self.plateau.clear()
+        judged = not held and (c.schedule == "plateau" or c.restart_on_plateau) and self.step > c.warmup
+        if not judged or not self.plateau.observe(val_ce):
+            return []
+        if c.restart_on_plateau:
+            self.plateau.clear()
+            return [Event("lr_restart", "plateau: the learning rate returns to its peak")]
+        if not self.schedule.can_drop:
+            return []
+        self.schedule.drop()
+        return [Event("lr_drop", f"plateau: the learning rate drops to {self.schedule.drops:g} of its peak")]
 
     def save(self) -> Path:
-        """A checkpoint of now; see `RunState.save`."""
+        """A checkpoint of now, with the rows of all steps started; see `RunState.save`."""
+        self._finish(0)
         return self.state.save(best=self.stopping.best_step == self.step)
 
     def _save_and_report(self, last: bool) -> None:

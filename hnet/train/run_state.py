@@ -143,6 +143,7 @@ class RunState:
         """Everything, from a checkpoint."""
         state = checkpoint.load_trainer(path)
         self._load_model(path, state)
+        self.task.load_state_dict(state["task"])
         self.step, self.bytes, self.seconds = state["step"], state["bytes"], state["seconds"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
@@ -153,8 +154,9 @@ class RunState:
                 torch.cuda.set_rng_state(cuda, self.device)
 
     def roll_back(self) -> Path | None:
-        """Weights and optimiser of the last checkpoint that all processes see, which is returned; steps and data go on.
-        None if there is no checkpoint yet.
+        """Weights and optimiser of the last checkpoint that all processes see, which is returned; None if there is no
+        checkpoint yet. Steps and data go on, and so do the task's curriculum, targets and controllers: the cutoff never
+        falls.
 
         Raises:
             RunFailed: there are checkpoints, but none that all processes see.
@@ -188,7 +190,6 @@ class RunState:
             distributed.load_shards(path / checkpoint.SHARDED, self.task.model, self.optimizers)
         else:
             self.optimizers.load_state_dict(state["optimizers"])
-        self.task.load_state_dict(state["task"])
         if self.ema is None:
             return
         if state["ema"] is None:  # the checkpoint is of a run without

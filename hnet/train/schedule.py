@@ -14,6 +14,8 @@ def cosine(progress: float, low: float) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
+LEAST = 1e-3  # of the peak: a plateau drops the rate no further, even where min_lr is less
+
 DECAYS: dict[str, Callable[[float, float], float]] = {
     "linear": lambda progress, low: low + (1 - low) * (1 - progress),
     "inverse-sqrt": lambda progress, low: low + (1 - low) * (1 - math.sqrt(progress)),
@@ -74,13 +76,25 @@ class Schedule:
         progress = 0.0 if decay == 0 else max(0.0, 1 - (self.steps - step) / decay)
         return DECAYS[self.decay_shape](min(progress, 1.0), self.min_lr)
 
+    def begins(self, step: int) -> bool:
+        """Whether a stage but the first begins as planned at 0-based `step` ("restarts" only)."""
+        return self.kind == "restarts" and step > 0 and step in self.restart_at
+
     def restart(self, step: int) -> None:
         """From `step` on: back to the peak, and down again over what is left of the stage ("restarts" only)."""
         self.restarted = step
 
     def drop(self) -> None:
         """At a plateau ("plateau" only)."""
-        self.drops = max(self.drops * self.plateau_factor, self.min_lr)
+        self.drops = max(self.drops * self.plateau_factor, self._lowest)
+
+    @property
+    def can_drop(self) -> bool:
+        return self.kind == "plateau" and self.drops > self._lowest
+
+    @property
+    def _lowest(self) -> float:
+        return max(self.min_lr, LEAST)
 
     def state_dict(self) -> dict[str, Any]:
         return {"restarted": self.restarted, "drops": self.drops, "cut": self.cut}

@@ -4,10 +4,13 @@ model, stages, stream     the network, its parameters by stage, endless batches 
 multipliers               learning-rate factor of every stage
 loss(model, batch, step)  what to minimise and () tensors to average over the step
 after_step(step, means)   what moves after every step, on the device
-row(step, means)          keys of its own for metrics.jsonl, from the averages as floats
-observe(row)              what moves by the numbers of a finished step; events
+trained_at(step)          keys for metrics.jsonl of what a step is trained at, asked as it starts
+row(step, means)          more keys, from the averages as floats, once it is finished
+observe(row)              what moves by the numbers of a finished step; events. Later steps may have been started
+settles(step)             whether all `step` steps must be answered before the next one starts
+evaluated(val_ce)         what moves by an evaluation; events
 evaluate(), sample()      held-out cross entropy; a text to keep and one to look at
-prints, lines(row)        whether it prints rows itself, and what
+prints, lines(row)        whether it prints rows itself, and what; called once for every finished row, in order
 saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
 """
@@ -112,14 +115,17 @@ class HNetTask:
             F = torch.stack([means[f"stage{i}/F"] for i in range(len(self.compression.stages))])
             self.compression.after_step(step, F)
 
+    def trained_at(self, step: int) -> dict[str, Any]:
+        return {f"stage{i}/target": target for i, target in enumerate(self.compression.targets(step))}
+
     def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
         c, row = self.config, {"ratio_loss": means["ratio_loss"], "flops_per_position": means["flops"]}
-        for i, target in enumerate(self.compression.targets(step)):
+        for i in range(len(self.compression.stages)):
             s = f"stage{i}"
             chunks = max(means[f"{s}/chunks"], 1e-9)
             row |= {
-                f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/target": target,
-                f"{s}/bytes_per_chunk": 1 / chunks, f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
+                f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/bytes_per_chunk": 1 / chunks,
+                f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
                 f"{s}/chunks_per_sequence": chunks / max(means[f"{s}/sequences"], 1e-9),
             }  # fmt: skip
             if f"{s}/logit_bias" in means:
@@ -129,11 +135,16 @@ class HNetTask:
         return row
 
     def observe(self, row: dict[str, Any]) -> list[Event]:
-        events = self.compression.at_limits(row)
-        if self.compression.observe(row["ce"]):
-            now = ", ".join(f"{t:g}" for t in self.compression.targets(row["step"]))
-            events.append(Event("target_annealed", f"the loss has settled: targets are now {now} positions per chunk"))
-        return events
+        return self.compression.at_limits(row)
+
+    def settles(self, step: int) -> bool:
+        return False
+
+    def evaluated(self, val_ce: float) -> list[Event]:
+        if self.compression.observe(val_ce):
+            now = ", ".join(f"{t:g}" for t in self.compression.targets(0))
+            return [Event("target_annealed", f"the loss has settled: targets are now {now} positions per chunk")]
+        return []
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out cross entropy (nats a symbol), bits per byte of text, and bytes per chunk of every stage."""

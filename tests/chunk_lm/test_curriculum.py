@@ -21,7 +21,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
 def curriculum(kind="plateau", **kw):
-    wanted = {"steps_per_epoch": 10, "min_epoch": 2, "window": 4, "threshold": 0.005, **kw}
+    wanted = {"steps_per_epoch": 10, "min_epoch": 2, "window": 4, "threshold": 0.005, "check": "step", **kw}
     return Curriculum(kind, [16, 32, 0], 65, **wanted)
 
 
@@ -133,7 +133,7 @@ def test_resume_across_a_raise_is_exact(config, crash):
     Trainer(config, make_task=ChunkLMTask).train()
     rows = read_metrics(Path(config.out) / "metrics.jsonl")
     steps = [r["step"] for r in rows if r.get("event") == "cutoff_raised"]
-    assert steps == [8, 12]
+    assert steps == [8, 12]  # the starts of epochs 2 and 3
     again = dataclasses.replace(config, out=config.out + "2", restart_at=[0.0], restart_min=[0.1])
     assert run_with_a_crash(again, crash, make_task=ChunkLMTask) == crash // 6 * 6
     same_runs(Path(config.out), Path(again.out))

@@ -33,10 +33,11 @@ def test_targets_anneal_by_steps_and_by_plateau(config):
     assert [c.targets(s)[0] for s in (0, 5, 10, 99)] == [2, 3.5, 5, 5]
     c, _ = make(
         config, compression=[6.0], compression_start=[2.0], compression_anneal="plateau", compression_notches=2,
-        plateau_window=4,
+        plateau_patience=2, plateau_cooldown=0,
     )  # fmt: skip
+    assert not any(c.observe(2 * 0.99**i) for i in range(20))
     moved = [c.observe(2.0) for _ in range(20)]
-    assert [i for i, m in enumerate(moved) if m] == [3, 7]  # a window each, and no more than the notches
+    assert [i for i, m in enumerate(moved) if m] == [2, 6]  # patience + 1, then one more: the new target's first
     assert c.targets(0) == [6]
 
 

@@ -71,9 +71,9 @@ def do(job: dict, results: str) -> None:
     launch, rows = trainer.start_step, []
     at = {int(step): what for step, what in job.get("at", {}).items()}
 
-    def report(row, events, rows=rows, trainer=trainer):
+    def report(row, rows=rows, trainer=trainer):
         rows.append({k: v for k, v in row.items() if k not in NOT_EXACT})
-        Trainer._report(trainer, row, events)
+        Trainer._report(trainer, row)
 
     def step(at=at, rank=rank, launch=launch, trainer=trainer):
         what = at.get(trainer.step)
