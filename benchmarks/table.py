@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,12 +106,25 @@ def rate_section(data: dict) -> str:
 
 
 def curriculum_section(data: dict) -> str:
+    """Mean and spread (standard deviation) over the seeds, and of the differences between runs of the same seed."""
+    runs = {kind: [r for r in data["rows"] if r["curriculum"] == kind] for kind in ("plateau", "none")}
     lines = ["| curriculum | seconds in steps | steps | raises | held-out bits per byte |", "|---|--:|--:|---|--:|"]
-    for r in data["rows"]:
-        raises = ", ".join(f"{step}" for step, _ in r["raises"]) or "-"
-        name = "plateau" if r["curriculum"] == "plateau" else "none: full bandwidth"
-        lines.append(line([name, f"{r['seconds']:.0f}", str(r["steps"]), raises, f"{r['val_bpb']:.3f}"]))
+    for kind, rows in runs.items():
+        raises = "; ".join(", ".join(f"{step}" for step, _ in r["raises"]) or "-" for r in rows)
+        name = "plateau" if kind == "plateau" else "none: full bandwidth"
+        steps = mean_and_spread([r["steps"] for r in rows], 0)
+        bpb = mean_and_spread([r["val_bpb"] for r in rows], 3)
+        lines.append(line([name, f"{rows[0]['seconds']:.0f}", steps, raises if kind == "plateau" else "-", bpb]))
+    if len(runs["none"]) > 1:
+        full = {r["seed"]: r["val_bpb"] for r in runs["none"]}
+        gains = [r["val_bpb"] - full[r["seed"]] for r in runs["plateau"]]
+        lines.append(line([f"difference, {len(gains)} seeds", "", "", "", mean_and_spread(gains, 3, "+")]))
     return "\n".join([*lines, "", where(data["machine"]), ""])
+
+
+def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{spread}"
 
 
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),

@@ -1,16 +1,17 @@
 """Longer experiments, minutes each, on the Python standard library: `python -m benchmarks.training NAME`.
 
     rate        does the realised bytes per chunk on held-out text meet the target? With and without rate control.
-    curriculum  ChunkLM's frequency curriculum against full bandwidth from the start, at equal wall-clock.
+    curriculum  ChunkLM's frequency curriculum as it is shipped against full bandwidth from the start, at equal time,
+                three seeds. `--seconds` of steps a run; epochs are as long as makes `--epochs` of them in that time.
 
-Results go to benchmarks/results/training_NAME.json with machine, date and command.
+Results go to benchmarks/results/training_NAME.json (or `--results FILE`) with machine, date and command.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
-import sys
 import sysconfig
 import tempfile
 import time
@@ -24,6 +25,7 @@ from hnet.metrics_log import read_metrics
 from hnet.train.loop import Trainer
 
 from .harness import machine
+from .table import curriculum_section, rate_section
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,54 +53,85 @@ def rate(out: Path) -> list[dict]:
     return rows
 
 
-def curriculum(out: Path, seconds: float = 120.0) -> list[dict]:
-    """A 1.5M-parameter ChunkLM, constant rate but for the last fifth; each way gets the same time to train."""
+def chunk_lm(out: Path, kind: str, seed: int, steps_per_epoch: int) -> ChunkLMTrainConfig:
+    """A 1.9M-parameter ChunkLM whose curriculum and schedule are the defaults, but for their sizes: half the
+    bins, so half of each cutoff."""
+    return ChunkLMTrainConfig(
+        data=[sysconfig.get_paths()["stdlib"]], pattern="*.py",
+        exclude=["site-packages", "dist-packages", "test", "tests"], seq_len=512, kernel_len=64, chunk=8, width=256,
+        n_layers=4, batch_size=16, accumulation=1, learning_rate=2e-3, dropout=0.0, curriculum=kind,
+        cutoffs=[64, 128, 256, 0], steps_per_epoch=steps_per_epoch, epochs=1000, eval_bytes=1 << 14,
+        checkpoint_every=10**6, plots=False, sample_bytes=0, seed=seed, out=str(out),
+    )  # fmt: skip
+
+
+def seconds_per_step(out: Path, steps: int = 12) -> float:
+    """At full bandwidth, the first few steps left out."""
+    trainer = Trainer(chunk_lm(out, "none", 0, 1000), make_task=ChunkLMTask)
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        trainer.train_step()
+        times.append(time.perf_counter() - begin)
+    return sum(times[3:]) / len(times[3:])
+
+
+def one_curriculum(c: ChunkLMTrainConfig, seconds: float) -> dict:
+    """A run that ends by the clock; the last stage of its learning rate ends there too."""
+    trainer = Trainer(c, make_task=ChunkLMTask)
+    launch = trainer.start_step
+
+    def timed():
+        spent = trainer.state.seconds
+        left = (seconds - spent) / (spent / trainer.step) if trainer.step else c.steps
+        trainer.schedule.steps = trainer.step + max(round(left), 1)
+        trainer.stop = trainer.stop or spent >= seconds
+        return launch()
+
+    trainer.start_step = timed
+    trainer.train()
+    log = read_metrics(Path(c.out) / "metrics.jsonl")
+    return {
+        "curriculum": c.curriculum, "seed": c.seed, "seconds": trainer.state.seconds, "steps": trainer.step,
+        "steps_per_epoch": c.steps_per_epoch, **trainer.evaluate(),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "curve": [[r["time"], r["val_bpb"], r.get("cutoff")] for r in log if "val_bpb" in r],
+        "raises": [[r["step"], r["message"]] for r in log if r.get("event") == "cutoff_raised"],
+        "last_lr": [r["lr"] for r in log if "lr" in r][-1] / c.learning_rate,
+    }  # fmt: skip
+
+
+def curriculum(out: Path, seconds: float, epochs: int) -> list[dict]:
+    """Either way gets the same time to train; the two take turns at being first."""
+    steps_per_epoch = max(round(seconds / seconds_per_step(out / "speed") / epochs), 2)
     rows = []
-    for kind in ("plateau", "none"):
-        run = out / kind
-        c = ChunkLMTrainConfig(
-            data=[sysconfig.get_paths()["stdlib"]], pattern="*.py",
-            exclude=["site-packages", "dist-packages", "test", "tests"], seq_len=512, kernel_len=64, chunk=8, width=256,
-            n_layers=4, batch_size=16, accumulation=1, steps_per_epoch=100, epochs=1000, learning_rate=2e-3,
-            dropout=0.0, schedule="constant", warmup_steps=50, curriculum=kind, cutoffs=[64, 128, 256, 0],
-            min_epoch_before_raise=1, plateau_threshold=0.02, eval_every=100, eval_bytes=1 << 14,
-            checkpoint_every=10**6, plots=False, sample_bytes=0, out=str(run),
-        )  # fmt: skip
-        trainer = Trainer(c, make_task=ChunkLMTask)
-        launch = trainer.start_step
-
-        def timed(trainer=trainer, launch=launch):
-            left = 1 - trainer.state.seconds / seconds
-            trainer.schedule.cut = min(1.0, max(left, 0.02) / 0.2)  # linear decay by the clock
-            trainer.stop = trainer.stop or left <= 0
-            return launch()
-
-        trainer.start_step = timed
-        trainer.train()
-        final = trainer.evaluate()
-        log = read_metrics(run / "metrics.jsonl")
-        rows.append(
-            {
-                "curriculum": kind, "seconds": trainer.state.seconds, "steps": trainer.step, **final,
-                "parameters": sum(p.numel() for p in trainer.model.parameters()),
-                "curve": [[r["time"], r["val_bpb"], r.get("cutoff")] for r in log if "val_bpb" in r],
-                "raises": [[r["step"], r["message"]] for r in log if r.get("event") == "cutoff_raised"],
-            }
-        )  # fmt: skip
-        print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
+    for seed in range(3):
+        for kind in ("plateau", "none") if seed % 2 == 0 else ("none", "plateau"):
+            rows.append(one_curriculum(chunk_lm(out / f"{kind}_{seed}", kind, seed, steps_per_epoch), seconds))
+            print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
     return rows
 
 
 def main() -> None:
-    known = {"rate": rate, "curriculum": curriculum}
-    if len(sys.argv) != 2 or sys.argv[1] not in known:
-        raise SystemExit(f"usage: python -m benchmarks.training {'|'.join(known)}")
-    name = sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("rate", "curriculum"))
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--results", type=Path)
+    args = parser.parse_args()
     hk.keep_memory()
+    command = f"python -m benchmarks.training {args.name}"
     with tempfile.TemporaryDirectory() as out:
-        rows = known[name](Path(out))
-    about = machine() | {"command": f"python -m benchmarks.training {name}"}
-    (RESULTS / f"training_{name}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+        if args.name == "rate":
+            rows = rate(Path(out))
+        else:
+            command += f" --seconds {args.seconds:g} --epochs {args.epochs}"
+            rows = curriculum(Path(out), args.seconds, args.epochs)
+    data = {"machine": machine() | {"command": command}, "rows": rows}
+    path = args.results or RESULTS / f"training_{args.name}.json"
+    path.write_text(json.dumps(data, indent=2) + "\n")
+    section = rate_section if args.name == "rate" else curriculum_section
+    print(section(data))
 
 
 if __name__ == "__main__":
