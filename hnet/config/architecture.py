@@ -31,7 +31,7 @@ def from_shorthand(
         d_intermediate: SwiGLU width. Default: 8/3 of the width, rounded up to 128.
 
     Raises:
-        ValueError: a layout that does not parse, lists of another length than the stages.
+        ValueError: a layout that does not parse, lists of another length than the stages, no width or no head.
     """
     parts = arch.split()
     stages = len(parts)
@@ -46,6 +46,9 @@ def from_shorthand(
             )
     if not d_model:
         raise UserError(f"d_model must have one value for each of the {stages} stages of arch {arch!r}, got none")
+    for name, values in (("d_model", d_model), ("heads", heads or [])):
+        if min(values, default=1) < 1:
+            raise UserError(f"{name} must hold integers >= 1, got {values}")
     layout: list = [parts[-1]]
     for part in reversed(parts[:-1]):
         encoder, _, decoder = part.partition("/")

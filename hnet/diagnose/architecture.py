@@ -223,7 +223,7 @@ def model_of(log: Log) -> HNetConfig | None:
         return None
     try:
         if path := log.setting("model_config"):
-            return HNetConfig.from_json(path)
+            return HNetConfig.from_json(str(path))
         if log.setting("arch") or log.setting("d_model"):
             return None
         return HNetConfig.preset(str(log.setting("preset")))
