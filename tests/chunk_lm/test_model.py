@@ -208,7 +208,7 @@ def test_bad_files(tmp_path):
         with pytest.raises(ValueError, match=message):
             ChunkLM.from_pretrained(tmp_path)
     config.write_text("{")
-    with pytest.raises(ValueError, match="config.json: Expecting"):
+    with pytest.raises(ValueError, match="config.json is not JSON: Expecting"):
         ChunkLM.from_pretrained(tmp_path)
     config.unlink()
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
