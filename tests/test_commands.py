@@ -228,6 +228,18 @@ def test_stage_keys_make_the_schedule():
     assert s.factor(30) == pytest.approx(2.0)
 
 
+def test_a_raise_in_a_stage_with_its_own_peak_is_at_that_peak(tmp_path):
+    """No false lr_not_at_peak where stage*_lr_mult is not 1, and the rate is what the key says."""
+    r = run("train-chunk-lm", *CHUNK, "--out", tmp_path / "run", "--epochs", 6, "--curriculum", "epochs", "--cutoffs",
+            "4,8,12,0", "--raise-epochs", "1,3,5", "--stage1-lr-mult", 0.5, "--stage2-lr-mult", 2.0, "--lr", 0.001,
+            "--stage3-lr-mult", 0.25, "--log-every", 1)  # fmt: skip
+    assert r.exit_code == 0, r.output
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [x["event"] for x in rows if "event" in x] == ["cutoff_raised"] * 3
+    lr = {x["step"]: x["lr"] for x in rows if "lr" in x}
+    assert [lr[s] for s in (1, 4, 7, 10, 16)] == pytest.approx([0.5e-3, 0.5e-3, 2e-3, 2e-3, 0.25e-3])
+
+
 def test_default_stages_are_epochs_0_2_and_5():
     c = ChunkLMTrainConfig(data=["x"], epochs=10, steps_per_epoch=100).validate()
     assert [round(a * c.steps) for a in c.restart_at] == [0, 200, 500]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.chunk_lm import ChunkLM
@@ -95,6 +96,8 @@ MISTAKES = [
     ([*CHUNK, "--data", "@text.txt", "--cutoffs", "9,3"], "cutoffs must rise"),
     ([*CHUNK, "--data", "@text.txt", "--kernel-len", "99"], "kernel_len must be at most seq_len"),
     ([*CHUNK, "--data", "@text.txt", "--ckpt", "RUN"], "ckpt must be a file beside the run directory"),
+    ([*CHUNK, "--data", "@text.txt", "--ckpt", "@text.txt/lm.pt"], "cannot write"),
+    ([*CHUNK, "--data", "@text.txt", "--ckpt", "@held"], "ckpt must be a file, got the folder"),
     (["generate", "/nowhere", "--prompt", "x"], "/nowhere does not exist"),
     (["generate", "@held", "--prompt", "x"], "must hold model.safetensors"),
     (["generate", "@weights/broken.pt", "--prompt", "x"], "is not a whole PyTorch weights file"),
@@ -189,6 +192,17 @@ def test_a_bug_keeps_its_traceback(place, tmp_path, monkeypatch, command, bug):
     r = run(*[str(tmp_path / "run") if a == "RUN" else str(place / a[1:]) if a[0] == "@" else a for a in args])
     assert type(r.exception) is bug, r.output
     assert "broken" in "".join(traceback.format_exception(r.exception))
+
+
+def test_export_onto_a_full_disk_is_one_line(place, tmp_path, monkeypatch):
+    """As safetensors says it."""
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    r = run("export", place / "hnet", tmp_path / "new")
+    assert (r.exit_code, r.stderr) == (1, f"Error: cannot write {tmp_path / 'new'}: no space left\n")
 
 
 def test_every_command_is_in_both_tables():

@@ -80,7 +80,7 @@ class Curriculum:
         old, self.index = self.cutoff, self.index + 1
         self.raised_at, self.rate_judged = steps_done, False
         self.plateau.clear()
-        message = f"Epoch {epoch} CUTOFF RAISED: {old} -> {self.cutoff} ({why})"
+        message = f"Epoch {epoch} 🚀 CUTOFF RAISED: {old} -> {self.cutoff} ({why}, opening frequency gates)"
         events.append(Event("cutoff_raised", message, line=message))
         return events
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hnet.data.sources import open_corpus
 from hnet.device import World
 from hnet.disk import replacing
-from hnet.errors import UserError
+from hnet.errors import UserError, user_path
 from hnet.events import Event
 from hnet.model.checkpoint_format import CONFIG, WEIGHTS, load_state, read_weights
 
@@ -40,6 +40,9 @@ class ChunkLMTask:
             raise UserError(f"a ChunkLM trains in one process, got {world.size}: raise accum_steps instead")
         self.config, self.device, self.autocast, self.world = config, device, autocast, world
         train, self.val = open_corpus(config)
+        if config.ckpt:
+            with user_path(config.ckpt, "write"):  # now, not at the first save
+                Path(config.ckpt).parent.mkdir(parents=True, exist_ok=True)
         self.stream = WindowStream(train, config.seq_len, config.chunk, config.batch_size, config.seed, config.causal)
         self.model = ChunkLM(config.model()).to(device)
         self.stages = [list(self.model.parameters())]

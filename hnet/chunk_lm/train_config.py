@@ -107,6 +107,8 @@ class ChunkLMTrainConfig(RunConfig):
         """
         if self.ckpt and Path(self.ckpt) == Path(self.out):
             raise UserError(f"ckpt must be a file beside the run directory, like {self.out}.pt, got {self.ckpt!r}")
+        if self.ckpt and Path(self.ckpt).is_dir():
+            raise UserError(f"ckpt must be a file, got the folder {self.ckpt!r}")
         for f in fields(type(self)):
             check(f, getattr(self, f.name))
         self.derive(

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 import torch
 
-from hnet.errors import UserError, user_path
+from hnet.disk import full_disk
+from hnet.errors import PathError, UserError, user_path
 
 from .models import checkpoint_of, load, load_average
 
@@ -35,6 +36,11 @@ def export(model: str, out: Path, ema: bool, dtype: str) -> None:
     cast(DTYPES[dtype])
     with user_path(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
-    lm.save_pretrained(out)
+    try:
+        lm.save_pretrained(out)
+    except Exception as e:
+        if not full_disk(e):
+            raise
+        raise PathError(f"cannot write {out}: no space left") from e
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"wrote {out}: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Any
 
 import click
@@ -41,6 +43,9 @@ def main(traceback: bool) -> None:
     """Train and run H-Nets: byte-level language models that learn their own chunks (arXiv 2507.07955)."""
     from hnet_kernels import keep_memory
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets a question mark, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     keep_memory()
     # Every new chunk count is a new shape, and oneDNN keeps a compiled bf16 product for each of the last 1024:
     # gigabytes for a small model. 128 are as fast (laptop model, 60 steps: 1.4 GB against 1.8 and rising).

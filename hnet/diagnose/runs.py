@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _json_rows(text: str, path: Path) -> list[Row]:
@@ -191,7 +191,7 @@ def _json_rows(text: str, path: Path) -> list[Row]:
     if path.suffix == ".json" or text.lstrip().startswith("{\n"):
         try:
             whole = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = None
         history = whole.get("log_history") if isinstance(whole, dict) else whole
         if isinstance(history, list):
@@ -201,7 +201,7 @@ def _json_rows(text: str, path: Path) -> list[Row]:
         if line.lstrip().startswith("{"):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # cut short by a crash, or a printed Python dictionary
             if isinstance(row, dict):
                 found.append(row)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
+import warnings
 from typing import Any
 
 from .names import canonical
@@ -123,8 +125,10 @@ def _dictionary(line: str) -> Row:
         return {}
     for parse in (ast.literal_eval, json.loads):
         try:
-            found = parse(re.sub(r"(?<=: )(nan|inf)\b", "None", m[0]) if parse is ast.literal_eval else m[0])
-        except (ValueError, SyntaxError):
+            with warnings.catch_warnings():  # of escapes that Python does not know
+                warnings.simplefilter("ignore")
+                found = parse(re.sub(r"(?<=: )(nan|inf)\b", "None", m[0]) if parse is ast.literal_eval else m[0])
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         return named(found) if isinstance(found, dict) else {}
     return {}
@@ -146,7 +150,7 @@ def named(values: dict[Any, Any]) -> Row:
                 except ValueError:
                     continue
             if v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)):
-                out.setdefault(ours, float(v) if v is not None and abs(v) < float("inf") else None)
+                out.setdefault(ours, float(v) if v is not None and abs(v) <= sys.float_info.max else None)
     return out
 
 

@@ -165,7 +165,7 @@ def test_command_prints_and_writes_what_people_know(tmp_path):
     assert done.exit_code == 0, done.output
     assert "  step 2/4 loss=5.5" in done.output
     assert re.search(r"lr=1\.\de-4 cutoff=16", done.output)
-    assert "Epoch 2 CUTOFF RAISED: 8 -> 16 (loss plateaued)" in done.output
+    assert "Epoch 2 🚀 CUTOFF RAISED: 8 -> 16 (loss plateaued, opening frequency gates)" in done.output
     assert "Epoch 1 avg_loss=5.5" in done.output
     assert "cutoff=8/65" in done.output
     assert (tmp_path / "lm" / "plots").is_dir()

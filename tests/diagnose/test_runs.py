@@ -127,7 +127,7 @@ def chunk_lm(epochs, start=0, per_epoch=30, cutoffs=(128, 128, 256)):
     lines = []
     for e in range(start, epochs):
         if e and cutoffs[e] > cutoffs[e - 1]:
-            lines.append(f"\nEpoch {e} CUTOFF RAISED: {cutoffs[e - 1]} -> {cutoffs[e]} (loss plateaued)")
+            lines.append(f"\nEpoch {e} 🚀 CUTOFF RAISED: {cutoffs[e - 1]} -> {cutoffs[e]} (loss plateaued)")
         for s in range(10, per_epoch + 1, 10):
             lines.append(f"  step {s}/{per_epoch} loss={3 - 0.3 * e - 0.005 * s:.4f} lr=2.0e-4 cutoff={cutoffs[e]}")
         lines.append(f"Epoch {e + 1} avg_loss={3 - 0.3 * e:.2f} cutoff={cutoffs[e]}/1025")

@@ -145,7 +145,7 @@ def test_the_printed_log_of_the_public_script(tmp_path):
     lines = []
     for e, cutoff in enumerate((128, 128, 256, 128)):
         if e == 2:
-            lines.append("Epoch 2 CUTOFF RAISED: 128 -> 256 (loss plateaued)")
+            lines.append("Epoch 2 🚀 CUTOFF RAISED: 128 -> 256 (loss plateaued, opening frequency gates)")
         for s in range(10, 1001, 10):
             lr = 2e-4 * (1 - 0.145 * (e % 3) - 0.0001 * s)
             lines.append(f"  step {s}/1000 loss={3 - 0.2 * e - 1e-4 * s:.4f} lr={lr:.2e} cutoff={cutoff}")

@@ -30,7 +30,7 @@ def test_non_finite_to_the_end_is_an_error_and_passing_is_a_warning(tmp_path):
     rows.insert(201, {"step": 200, "event": "non_finite", "message": "step skipped"})
     f = findings(write_run(tmp_path / "b", rows))["non_finite"]
     assert f.severity == "warning"
-    assert "1 updates" in " ".join(f.evidence)
+    assert "skipped 1 update," in " ".join(f.evidence)
 
 
 def bump(rows, at, height, width):
