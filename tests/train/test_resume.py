@@ -79,9 +79,11 @@ SCHEDULES = {
     "wsd": {"decay_shape": "inverse-sqrt"},
     "cosine": {"optimizer": "muon"},
     "constant": {"clipping": "adaptive", "clip_window": 5},
-    "plateau": {"plateau_patience": 0, "plateau_min_gain": 0.9, "eval_every": 1},
+    "plateau": {"plateau_patience": 0, "plateau_cooldown": 0, "plateau_min_gain": 0.9, "eval_every": 2,
+                "min_delta": 9.0},
     "restarts": {"restart_at": [0.0, 0.5], "restart_min": [0.1, 0.1], "restart_on_plateau": True,
-                 "plateau_patience": 0, "plateau_min_gain": 0.9, "eval_every": 1},
+                 "plateau_patience": 0, "plateau_cooldown": 0, "plateau_min_gain": 0.9, "eval_every": 2,
+                 "min_delta": 9.0},
 }  # fmt: skip
 
 
@@ -100,8 +102,8 @@ def test_resume_is_exact(config, schedule):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rate_control": "alpha", "compression_start": [2.0], "compression_anneal": "plateau", "eval_every": 1,
-         "plateau_patience": 0, "plateau_cooldown": 0, "plateau_min_gain": 0.9},
+        {"rate_control": "alpha", "compression_start": [2.0], "compression_anneal": "plateau", "eval_every": 2,
+         "plateau_patience": 0, "plateau_cooldown": 0, "plateau_min_gain": 0.9, "min_delta": 9.0},
         {"async_checkpoints": True, "label_smoothing": 0.1, "recompute": True, "num_workers": 2},
         {"max_chunks": [0.6], "boundaries": "char-end", "clipping": "off", "straight_through": True},
         {"stream": "on", "shuffle_bytes": 10_000, "documents": "line", "num_workers": 2,
