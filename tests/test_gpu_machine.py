@@ -53,7 +53,8 @@ importlib.util.find_spec = find_or_none
 
 
 def collected(*arguments: str) -> str:
-    options = ["-p", "no:xdist", "-p", "no:xdist.looponfail", "--collect-only", "-q", *arguments]  # a blocked plugin
+    absent = [o for plugin in ("xdist", "xdist.looponfail", "hypothesispytest") for o in ("-p", f"no:{plugin}")]
+    options = [*absent, "--collect-only", "-q", *arguments]
     code = BLOCK + f"\nimport pytest\nsys.exit(pytest.main({options!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 5), (done.stdout + done.stderr)[-3000:]  # 5: nothing selected

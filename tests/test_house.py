@@ -34,7 +34,7 @@ def test_the_changelog_has_the_version_and_what_is_unreleased():
 
 def test_ci_runs_what_anyone_runs():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert re.findall(r"\brun: (.*)", workflow) == [".ci/run"]
+    assert [run.split()[0] for run in re.findall(r"\brun: (.*)", workflow)] == [".ci/run"]
     script = (ROOT / ".ci" / "run").read_text()
     for target in re.findall(r"make ([\w-]+)", script):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target

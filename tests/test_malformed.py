@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tomli_w
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hnet import HNetConfig
 from hnet.chunk_lm.config import ChunkLMConfig
@@ -22,6 +19,10 @@ from hnet.train.config import TrainConfig
 
 from .diagnose.logs import healthy_rows
 from .diagnose.test_runs import LOGS
+
+tomli_w = pytest.importorskip("tomli_w")  # a borrowed GPU machine may lack these two
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 CLASSES = [TrainConfig, ChunkLMTrainConfig]
 

@@ -77,7 +77,7 @@ def test_missing_key_unknown_preset_and_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         HNetConfig.from_json(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match=r"bad.json: Expecting"):
+    with pytest.raises(ValueError, match=r"bad.json is not JSON: Expecting"):
         HNetConfig.from_json(tmp_path / "bad.json")
     (tmp_path / "list.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match="must be a JSON object"):
