@@ -1,6 +1,7 @@
 # make demo   set up, train a small H-Net on Python's standard library (about four minutes), show what it learned
 # make test   set up, run the tests but for those marked slow      make test-slow   those
-# make gate   compile every Triton kernel for every GPU target (no GPU needed); fails on a register spill
+# make gate   compile every Triton kernel for every GPU target (no GPU needed); fails on a register spill or few warps;
+#             make gate TRITON=3.6.0 again under that version, which it downloads
 # make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
 # make wheel  build the wheel and one of the ops alone, install each apart from the sources and use it
 # make gpu    on a machine with a GPU: build for the torch that PYTHON has, run the GPU tests, the GPU benchmarks, and
@@ -38,6 +39,8 @@ test-slow: setup
 
 gate: setup
 	$(BIN)/python -m hnet_kernels.info --compile
+	$(if $(TRITON),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/triton-$(TRITON) triton==$(TRITON))
+	$(if $(TRITON),$(BIN)/python -m hnet_kernels.info --compile --triton build/triton-$(TRITON))
 
 check: setup
 	$(BIN)/ruff check .

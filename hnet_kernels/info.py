@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -49,17 +52,26 @@ def report() -> str:
 
 
 def compile_gate() -> int:
-    """Compile every Triton kernel ahead of time for every target; 1 if one spills or wants too much shared memory."""
+    """Compile every Triton kernel ahead of time for every target; 1 if one spills or leaves room for too few warps."""
     from .triton.aot import compile_all, table
 
     reports = compile_all()
     print(table(reports))
     bad = [r for r in reports if not r.ok]
     for r in bad:
-        used = f"{r.spills} spilled, {r.shared} of {r.limit} B shared"
-        print(f"FAILED {' '.join(map(str, r.variant))}: {used}")
+        print(f"FAILED {' '.join(map(str, r.variant))}: {'; '.join(r.problems)}")
     print(f"{len(reports)} compiled, {len(bad)} over the limits")
     return int(bool(bad))
+
+
+def compile_gate_under(folder: str) -> int:
+    """The gate under another Triton, the one in `folder` (pip install --no-deps --target FOLDER triton==...)."""
+    if not (Path(folder) / "triton").is_dir():
+        print(f"there is no triton in {folder}: pip install --no-deps --target {folder} triton==VERSION")
+        return 2
+    paths = [str(Path(folder).resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "hnet_kernels.info", "--compile"]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
 
 
 if __name__ == "__main__":
@@ -67,6 +79,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--compile", action="store_true", help="compile every Triton kernel ahead of time; needs no GPU"
     )
-    if parser.parse_args().compile:
-        sys.exit(compile_gate())
+    parser.add_argument("--triton", metavar="FOLDER", help="with --compile: under the triton in this folder")
+    args = parser.parse_args()
+    if args.compile:
+        sys.exit(compile_gate_under(args.triton) if args.triton else compile_gate())
     print(report())

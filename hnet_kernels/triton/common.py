@@ -48,12 +48,13 @@ class Kernel:
 
     args: the run-time arguments in order, name to type: "*T" a pointer to rows of the op's dtype, "*R" to rows of that
     dtype or fp32, else as Triton writes it ("*fp32", "i32"). plan(D, dtype, target): its constexprs and options
-    (num_warps, num_stages).
+    (num_warps, num_stages). few_warps: why less than a quarter of the warps a multiprocessor can hold are enough.
     """
 
     fn: Any
     args: dict[str, str]
     plan: Plan
+    few_warps: str = ""
 
     def blocks(self, x: Tensor, D: int) -> dict[str, Any]:
         """The constexprs planned for rows of width D like those of `x`."""

@@ -315,7 +315,7 @@ BWD_CHUNKS = Kernel(
         "y": "*fp32", "sums": "*fp32", "prob": "*fp32", "chunk_start": "*i32", "cu_chunks": "*i32",
         "cu_seqlens": "*i32", "dz": "*T", "dprob": "*fp32", "M": "i32", "N": "i32", "steps": "i32",
     },
-    _plan(4, 256, OWN=16),
+    _plan(2, 256, OWN=16),
 )  # fmt: skip
 STEP = Kernel(
     _dechunk_step_kernel,

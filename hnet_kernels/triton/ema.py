@@ -202,7 +202,8 @@ TILE_ARGS = {
 }  # fmt: skip
 CARRY_ARGS = {"decay": "*fp32", "added": "*fp32", "carry": "*fp32", "tiles": "i32"}
 TILE = {r: Kernel(_ema_tile_kernel, TILE_ARGS, _plan(False, HAS_EDGE=True, REVERSE=r)) for r in (False, True)}
-CARRY = {r: Kernel(_ema_carry_kernel, CARRY_ARGS, _carry_plan(r)) for r in (False, True)}
+NO_TRAINING = "the general ema is no part of an H-Net's step; a tile's triangular matrices stand in registers"
+CARRY = {r: Kernel(_ema_carry_kernel, CARRY_ARGS, _carry_plan(r), few_warps=NO_TRAINING) for r in (False, True)}
 FWD = Kernel(
     _ema_fwd_kernel,
     {
@@ -219,6 +220,7 @@ BWD = Kernel(
         "dy_stride": "i32", "z_stride": "i32",
     },
     _plan(True, HAS_DFINAL=True, HAS_INITIAL=True),
+    few_warps=NO_TRAINING,
 )  # fmt: skip
 KERNELS = {
     "ema_tile": TILE[False],
