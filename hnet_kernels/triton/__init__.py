@@ -3,11 +3,12 @@ as in `native.py`), and `KERNELS`, which says how every kernel is launched: `aot
 
 What one stage launches, forward and backward, with max_chunks (tests/kernels/test_triton_launches.py counts it):
 
-    route                forward 3: probabilities; budget; compaction     backward 1
+    route                forward 4: probabilities; budget, in two;        backward 1
+                         compaction (2 without a budget, or of T)
     pool (boundary)      forward 1                                        backward 1
     dechunk              forward 1                                        backward 2: positions; chunks
     ratio_loss           forward 1                                        backward 1: a multiplication
-    in all               6                                                5
+    in all               7                                                5
 
 and one more for a logit_bias: filling a tensor with a float, or summing the gradient of a learned one. The
 gradient of a residual is written by the dechunk backward. Nothing waits for the device, and all shapes are static.
