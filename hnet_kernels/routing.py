@@ -34,7 +34,12 @@ def _check_bias(logit_bias: float | Tensor | None, x: Tensor) -> Tensor | None:
     dtype = probability_dtype(x)
     if not isinstance(logit_bias, Tensor):
         return torch.full((), logit_bias, dtype=dtype, device=x.device)  # torch.tensor would wait for a GPU
-    return logit_bias.to(dtype).clamp(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)  # on a GPU nobody has looked; e^89 gives NaN
+    return logit_bias.to(dtype)
+
+
+def _bounded(bias: Tensor | None, chosen: str) -> Tensor | None:
+    """On a GPU nobody has looked, and e^89 gives NaN. The Triton kernels look themselves: no launch of its own."""
+    return bias if bias is None or chosen == "triton" else bias.clamp(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
 
 def _check_budget(max_chunks: int, least: int) -> None:
@@ -107,6 +112,7 @@ def route(
         _check_budget(max_chunks, max(N, 1))
     check_flag("padded", padded)
     chosen = dispatch.resolve(backend, "route", q)
+    bias = _bounded(bias, chosen)
     if chosen == "reference":
         check_cu_seqlens_values(cu_seqlens, T, padded)
         return reference.route(q, k, cu_seqlens, bias, candidates, max_chunks, padded)
@@ -146,6 +152,7 @@ def route_step(
         if flag is not None:
             check_vector(name, flag, k.shape[0], torch.bool, "k", k)
     chosen = dispatch.resolve(backend, "route_step", k)
+    bias = _bounded(bias, chosen)
     if chosen == "reference":
         return reference.route_step(q_prev, k, is_first, bias, candidates)
     return torch.ops.hnet_kernels.route_step(q_prev, k, is_first, bias, candidates, chosen)

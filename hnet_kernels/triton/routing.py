@@ -18,13 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
+from hnet_kernels.validation import MAX_LOGIT_BIAS
+
 from .common import Kernel, block_columns, dense, empty, jit, rows, search_steps, sequence_of, stride
 
 ROUTE_BLOCK = 8  # positions of a block of the forward
 COMPACT_BLOCK = 2048
 SELECT_BLOCK = 8192  # positions of a histogram, a multiple of COMPACT_BLOCK
 ORDINARY, FIRST = tl.constexpr(1), tl.constexpr(2)  # codes: 0 is no boundary
+MAX_BIAS = tl.constexpr(MAX_LOGIT_BIAS)
 HALF = tl.constexpr(0x3F000000)  # bits of 0.5: boundaries have 1 .. 2^23 above it
+
+
+@triton.jit
+def _scale(bias):
+    return tl.exp(tl.minimum(tl.maximum(tl.load(bias), -MAX_BIAS), MAX_BIAS))
 
 
 @triton.jit
@@ -36,7 +44,7 @@ def _probability(q_sum, k_sum, dot, bias, HAS_BIAS: tl.constexpr):
     p = (1.0 - cos) * 0.5
     p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))  # keeps NaN
     if HAS_BIAS:
-        scale = tl.exp(tl.load(bias))
+        scale = _scale(bias)
         p = tl.div_rn(p * scale, 1.0 - p + p * scale)
     return p, cos, inv_q, inv_k
 
@@ -311,7 +319,7 @@ def _route_bwd_kernel(
     inv_k = tl.load(inv_k_in + t, mask=pair, other=0.0)
     raw = (1.0 - cos) * 0.5
     if HAS_BIAS:
-        scale = tl.exp(tl.load(bias))
+        scale = _scale(bias)
         p = tl.where(raw < 0.0, 0.0, tl.where(raw > 1.0, 1.0, raw))
         slope = scale / ((1.0 - p + p * scale) * (1.0 - p + p * scale))
         if HAS_DBIAS:
