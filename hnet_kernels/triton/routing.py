@@ -3,7 +3,7 @@
 1. `_route_fwd_kernel` reads q and k once: probability, boundary code, the numbers the backward needs, and the number of
    boundaries and sum of probabilities of each block of ROUTE_BLOCK positions.
 2. With a budget below T, two kernels find the probability below which boundaries are dropped: every SELECT_BLOCK
-   positions leave a histogram of the upper 11 bits of p above one half, then one of the lower 12 bits among those that
+   positions leave a histogram of the upper 12 bits of p above one half, then one of the lower 11 bits among those that
    have the upper ones of the threshold. They only look if there are too many boundaries.
 3. `_compact_kernel` turns codes into mask, selected probability and chunk layout; other programs of it sum the
    probabilities of a sequence. A block finds its offset by adding up the counts of the blocks before it, so no block
@@ -371,7 +371,8 @@ def _route_step_kernel(
 
 def _row_plan(**flags):
     return lambda D, dtype, gpu: (
-        {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 256), **flags}, {"num_warps": 4}
+        {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 128 if dtype == torch.float32 else 256), **flags},
+        {"num_warps": 4},
     )  # fmt: skip
 
 
@@ -384,7 +385,7 @@ ROUTE_FWD = Kernel(
     },
     _row_plan(HAS_CANDIDATES=False, HAS_BIAS=False),
 )  # fmt: skip
-DIGITS = {"UPPER": 2048, "LOWER": 4096}
+DIGITS = {"UPPER": 4096, "LOWER": 2048}
 
 
 def _digits_plan(D, dtype, gpu):
@@ -420,7 +421,7 @@ COMPACT = Kernel(
             "HAS_BUDGET": True, "HAS_SELECTION": True, "ROUTE_BLOCK": ROUTE_BLOCK, "LOWER": DIGITS["LOWER"],
             "SELECT": SELECT_BLOCK, "BLOCK": COMPACT_BLOCK,
         },
-        {"num_warps": 8 if gpu == "gfx942" else 16},
+        {"num_warps": 8 if gpu in ("sm_120", "gfx942") else 16},
     ),
 )  # fmt: skip
 ROUTE_BWD = Kernel(
