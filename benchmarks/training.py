@@ -60,8 +60,8 @@ def chunk_lm(out: Path, kind: str, seed: int, steps_per_epoch: int) -> ChunkLMTr
         data=[sysconfig.get_paths()["stdlib"]], pattern="*.py",
         exclude=["site-packages", "dist-packages", "test", "tests"], seq_len=512, kernel_len=64, chunk=8, width=256,
         n_layers=4, batch_size=16, accumulation=1, learning_rate=2e-3, dropout=0.0, curriculum=kind,
-        cutoffs=[64, 128, 256, 0], steps_per_epoch=steps_per_epoch, epochs=1000, eval_bytes=1 << 14,
-        checkpoint_every=10**6, plots=False, sample_bytes=0, seed=seed, out=str(out),
+        cutoffs=[64, 128, 256, 0], steps_per_epoch=steps_per_epoch, epochs=1000, eval_bytes=1 << 11,
+        log_every=1000, checkpoint_every=10**6, plots=False, sample_bytes=0, seed=seed, out=str(out),
     )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def one_curriculum(c: ChunkLMTrainConfig, seconds: float) -> dict:
     trainer.start_step = timed
     trainer.train()
     log = read_metrics(Path(c.out) / "metrics.jsonl")
+    c.eval_bytes = 1 << 15  # at the end once, on more than along the way
     return {
         "curriculum": c.curriculum, "seed": c.seed, "seconds": trainer.state.seconds, "steps": trainer.step,
         "steps_per_epoch": c.steps_per_epoch, **trainer.evaluate(),

@@ -36,7 +36,9 @@ class ValidationPlateau:
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best, "bad": self.bad, "cooling": self.cooling}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float] | list[float]) -> None:
+        if isinstance(state, list):  # 0.1.0 looked at training losses instead
+            return
         self.best, self.bad, self.cooling = state["best"], int(state["bad"]), int(state["cooling"])
 
 

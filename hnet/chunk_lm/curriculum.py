@@ -119,7 +119,7 @@ class Curriculum:
         if state["index"] >= len(self.cutoffs):
             raise UserError(f"the checkpoint is at cutoff number {state['index']}, but cutoffs are {self.cutoffs}")
         self.index, self.raised_at, self.before = state["index"], state["raised_at"], state["before"]
-        self.rate_judged = state["rate_judged"]
+        self.rate_judged = state.get("rate_judged", True)  # not in 0.1.0
         self.plateau.load_state_dict(state["losses"])
 
 

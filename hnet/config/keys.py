@@ -41,6 +41,10 @@ def check(f: dataclasses.Field, value: Any) -> None:
                 raise UserError(f"{f.name} must be {what}, got {value!r}")
 
 
+# Keys that every run of 0.1.0 had and wrote down, set or not, with what they were unless set; a ChunkLM still has them.
+RETIRED = {"plateau_window": 50, "plateau_threshold": 0.005}
+
+
 def fields(cls: Any) -> list[dataclasses.Field]:
     return list(dataclasses.fields(cls))
 
@@ -53,7 +57,8 @@ def read_toml(path: str | Path, cls: Any) -> dict[str, Any]:
         ValueError: not TOML, an unknown key, or a value of the wrong type.
     """
     path = Path(path)
-    values = parse_toml(path)
+    known = {f.name for f in fields(cls)}
+    values = {k: v for k, v in parse_toml(path).items() if k in known or v != RETIRED.get(k)}
     return {name: _typed(cls, name, value, str(path)) for name, value in values.items()}
 
 

@@ -159,7 +159,7 @@ class Guards:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bad, self.spiking, self.said = state["bad"], state["spiking"], dict(state["said"])
-        self.fresh = state["fresh"]
+        self.fresh = state.get("fresh")  # not in 0.1.0
         self.losses = deque(state["losses"], maxlen=WINDOW)
         self.recent = {k: deque(v[1:], maxlen=v[0]) for k, v in state["recent"].items()}
 

@@ -146,7 +146,8 @@ class RunState:
         self.task.load_state_dict(state["task"])
         self.step, self.bytes, self.seconds = state["step"], state["bytes"], state["seconds"]
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            if name in state:  # 0.1.0 has no "unanswered"
+                part.load_state_dict(state[name])
         if self.world.rank < len(state["rng"]):  # more processes than before: the new ones keep their own seed
             rng, cuda = state["rng"][self.world.rank]
             torch.set_rng_state(rng)

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hnet.config.keys import read_toml
+from hnet.errors import UserError
 from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, load_trainer, load_weights
+from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 
 from .conftest import STDLIB
@@ -117,6 +120,24 @@ def test_resume_is_exact_with(config, change):
     crashed = dataclasses.replace(config, out=config.out + "2")
     run_with_a_crash(crashed, at=6)
     same_runs(Path(config.out), Path(crashed.out))
+
+
+def test_a_run_of_0_1_0_goes_on(config, monkeypatch):
+    """Its checkpoint lacks what came later, its plateaus are lists of losses, its config.toml has two more keys."""
+    Trainer(config).train()
+    older = load_trainer(latest_checkpoint(Path(config.out) / "checkpoints"))
+    del older["unanswered"], older["guards"]["fresh"]
+    older["plateau"] = older["task"]["plateau"] = [3.0, 2.9, 2.8]
+    monkeypatch.setattr("hnet.train.checkpoint.load_trainer", lambda path: older)
+    path = Path(config.out) / "config.toml"
+    path.write_text(path.read_text() + "plateau_window = 50\nplateau_threshold = 0.005\n")
+    again = TrainConfig(**read_toml(path, TrainConfig) | {"steps": 10})
+    trainer = Trainer(again, resume=True)
+    trainer.train()
+    assert trainer.step == 10
+    path.write_text("plateau_window = 20\n")  # set by someone: it would have no effect
+    with pytest.raises(UserError, match="unknown key 'plateau_window'"):
+        read_toml(path, TrainConfig)
 
 
 @pytest.mark.slow
