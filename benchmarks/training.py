@@ -2,7 +2,8 @@
 
     rate        does the realised bytes per chunk on held-out text meet the target? With and without rate control.
     curriculum  ChunkLM's frequency curriculum as it is shipped against full bandwidth from the start, at equal time,
-                three seeds. `--seconds` of steps a run; epochs are as long as makes `--epochs` of them in that time.
+                three seeds. `--seconds` of steps a run; epochs are as long as makes `--epochs` of them in that time;
+                `--eval-bytes` are evaluated at the end of each.
 
 Results go to benchmarks/results/training_NAME.json (or `--results FILE`) with machine, date and command.
 """
@@ -60,7 +61,7 @@ def chunk_lm(out: Path, kind: str, seed: int, steps_per_epoch: int) -> ChunkLMTr
         data=[sysconfig.get_paths()["stdlib"]], pattern="*.py",
         exclude=["site-packages", "dist-packages", "test", "tests"], seq_len=512, kernel_len=64, chunk=8, width=256,
         n_layers=4, batch_size=16, accumulation=1, learning_rate=2e-3, dropout=0.0, curriculum=kind,
-        cutoffs=[64, 128, 256, 0], steps_per_epoch=steps_per_epoch, epochs=1000, eval_bytes=1 << 11,
+        cutoffs=[64, 128, 256, 0], steps_per_epoch=steps_per_epoch, epochs=1000, eval_bytes=1 << 10,
         log_every=1000, checkpoint_every=10**6, plots=False, sample_bytes=0, seed=seed, out=str(out),
     )  # fmt: skip
 
@@ -76,7 +77,7 @@ def seconds_per_step(out: Path, steps: int = 12) -> float:
     return sum(times[3:]) / len(times[3:])
 
 
-def one_curriculum(c: ChunkLMTrainConfig, seconds: float) -> dict:
+def one_curriculum(c: ChunkLMTrainConfig, seconds: float, eval_bytes: int) -> dict:
     """A run that ends by the clock; the last stage of its learning rate ends there too."""
     trainer = Trainer(c, make_task=ChunkLMTask)
     launch = trainer.start_step
@@ -91,7 +92,7 @@ def one_curriculum(c: ChunkLMTrainConfig, seconds: float) -> dict:
     trainer.start_step = timed
     trainer.train()
     log = read_metrics(Path(c.out) / "metrics.jsonl")
-    c.eval_bytes = 1 << 15  # at the end once, on more than along the way
+    c.eval_bytes = eval_bytes  # at the end once, on more than along the way
     return {
         "curriculum": c.curriculum, "seed": c.seed, "seconds": trainer.state.seconds, "steps": trainer.step,
         "steps_per_epoch": c.steps_per_epoch, **trainer.evaluate(),
@@ -102,13 +103,14 @@ def one_curriculum(c: ChunkLMTrainConfig, seconds: float) -> dict:
     }  # fmt: skip
 
 
-def curriculum(out: Path, seconds: float, epochs: int) -> list[dict]:
+def curriculum(out: Path, seconds: float, epochs: int, eval_bytes: int) -> list[dict]:
     """Either way gets the same time to train; the two take turns at being first."""
     steps_per_epoch = max(round(seconds / seconds_per_step(out / "speed") / epochs), 2)
     rows = []
     for seed in range(3):
         for kind in ("plateau", "none") if seed % 2 == 0 else ("none", "plateau"):
-            rows.append(one_curriculum(chunk_lm(out / f"{kind}_{seed}", kind, seed, steps_per_epoch), seconds))
+            c = chunk_lm(out / f"{kind}_{seed}", kind, seed, steps_per_epoch)
+            rows.append(one_curriculum(c, seconds, eval_bytes))
             print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
     return rows
 
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("name", choices=("rate", "curriculum"))
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--eval-bytes", type=int, default=1 << 14)
     parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     hk.keep_memory()
@@ -126,8 +129,8 @@ def main() -> None:
         if args.name == "rate":
             rows = rate(Path(out))
         else:
-            command += f" --seconds {args.seconds:g} --epochs {args.epochs}"
-            rows = curriculum(Path(out), args.seconds, args.epochs)
+            command += f" --seconds {args.seconds:g} --epochs {args.epochs} --eval-bytes {args.eval_bytes}"
+            rows = curriculum(Path(out), args.seconds, args.epochs, args.eval_bytes)
     data = {"machine": machine() | {"command": command}, "rows": rows}
     path = args.results or RESULTS / f"training_{args.name}.json"
     path.write_text(json.dumps(data, indent=2) + "\n")
