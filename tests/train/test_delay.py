@@ -60,7 +60,9 @@ def test_the_curriculum_by_epochs_is_the_same_run(chunk_lm):  # noqa: F811
 
 
 def test_a_raise_in_mid_epoch_comes_a_step_later_and_whole(chunk_lm):  # noqa: F811
-    c = dataclasses.replace(chunk_lm, plateau_check="step", plateau_window=5, min_epoch_before_raise=1, dropout=0.0)
+    c = dataclasses.replace(
+        chunk_lm, plateau_check="step", plateau_window=5, min_epoch_before_raise=1, dropout=0.0, checkpoint_every=12
+    )
     seen = {}
     now, late = both(c, ChunkLMTask, lambda t: seen.update({type(t): trained_at(t)}))
     for (rows, events), cls in ((now, Trainer), (late, Delayed)):
