@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import hnet_kernels as hk
 from hnet.chunk_lm import ChunkLM, ChunkLMConfig, WindowStream, chunk_lm_loss, eval_windows
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
-from hnet.data.sources import open_data
+from hnet.data.sources import open_corpus
 
 from .markov import markov_baselines
 
@@ -31,7 +31,7 @@ def losses_by_place(model, corpus, windows):
 def test_chunk_head_beats_unigram_and_bigram_models():
     exclude = ["test", "tests", "site-packages", "lib2to3", "idlelib", "encodings"]
     data = ChunkLMTrainConfig(data=[sysconfig.get_paths()["stdlib"]], pattern="*.py", exclude=exclude)
-    train, held_out = open_data(data)
+    train, held_out = open_corpus(data)
     hk.keep_memory()
     torch.manual_seed(0)
     model = ChunkLM(ChunkLMConfig(d_model=256, n_layers=3, seq_len=32, kernel_len=32, chunk=16, dropout=0.0))
