@@ -89,7 +89,7 @@ def generate(folder: Path, kind: str, size: int) -> dict[str, int]:
 
 def read(data: str, stream: str, positions: int, rank: int, readers: int) -> dict[str, float]:
     """One reader's part of an epoch, in this process."""
-    from hnet.data.packing import PackStream
+    from hnet.data.pack_stream import PackStream
     from hnet.data.sources import open_data
 
     before = peak_rss()

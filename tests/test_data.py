@@ -6,7 +6,8 @@ import pytest
 
 from hnet.config import BOS, EOS
 from hnet.data.corpus import Corpus
-from hnet.data.packing import IGNORED, PackStream, eval_batches
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import IGNORED, eval_batches
 
 
 def corpus(*texts):

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .corpus import Corpus
-from .packing import Batch, PackStream, merge
+from .pack_stream import PackStream, merge
+from .packing import Batch
 
 
 class Workers:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hnet.data.corpus import Corpus
-from hnet.data.packing import PackStream, Pieces
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import Pieces
 from hnet.data.sources import open_data
 from hnet.device import pick_autocast, pick_device
 from hnet.model.cost import plan, positions_per_byte

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hnet.config.run import RunConfig
-from hnet.data.packing import merge
+from hnet.data.pack_stream import merge
 from hnet.device import World
 from hnet.disk import full_disk
 from hnet.errors import MissingPath, PathTaken, RunFailed, user_path

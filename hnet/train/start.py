@@ -9,7 +9,8 @@ import torch
 
 from hnet.data.corpus import Corpus, Source
 from hnet.data.mixture import Mixture
-from hnet.data.packing import Packed, PackStream
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import Packed
 from hnet.errors import UserError
 from hnet.model.hnet import candidates
 from hnet.model.pack import Pack

@@ -28,7 +28,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from hnet.config.architecture import lr_multipliers
-from hnet.data.packing import Batch, PackStream
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import Batch
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
 from hnet.device import World

@@ -12,7 +12,7 @@ from hnet.config.keys import read_toml
 from hnet.data import units
 from hnet.data.corpus import Corpus
 from hnet.data.mixture import Mixture, Turns
-from hnet.data.packing import PackStream, merge
+from hnet.data.pack_stream import PackStream, merge
 from hnet.data.sources import open_corpus, open_data
 from hnet.data.streaming import LocalStream
 from hnet.data.workers import Workers

@@ -12,7 +12,8 @@ from hnet.data import units
 from hnet.data.corpus import Corpus
 from hnet.data.files import read_files
 from hnet.data.mixture import Mixture
-from hnet.data.packing import PackStream, eval_batches, merge
+from hnet.data.pack_stream import PackStream, merge
+from hnet.data.packing import eval_batches
 from hnet.data.streaming import LocalStream
 from hnet.errors import UserError
 from tests.data_io.test_files import jsonl

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hnet.data import units
-from hnet.data.packing import PackStream, merge
+from hnet.data.pack_stream import PackStream, merge
 from hnet.data.sources import open_data
 from hnet.data.streaming import DocumentStream, LocalStream
 from hnet.data.units import Units

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from hnet.data.packing import PackStream
+from hnet.data.pack_stream import PackStream
 from hnet.data.sources import open_data
 from hnet.data.streaming import DocumentStream, parse_entry
 from hnet.data.workers import Workers

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hnet.data.corpus import Corpus
-from hnet.data.packing import PackStream
+from hnet.data.pack_stream import PackStream
 from hnet.data.workers import Workers, with_workers
 from tests.test_data import key, random_corpus, take
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.data.corpus import Corpus
-from hnet.data.packing import PackStream
+from hnet.data.pack_stream import PackStream
 from hnet.model import attention, mamba2
 from hnet.model.cost import keys_seen, peak_flops, plan, positions_per_byte, stage_costs
 from hnet.model.parameters import count_parameters

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from hnet import HNetForCausalLM
-from hnet.data.packing import Batch, PackStream
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import Batch
 from hnet.data.sources import open_data
 from hnet.errors import RunFailed
 from hnet.metrics_log import read_metrics

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hnet import EOS, HNetForCausalLM
-from hnet.data.packing import PackStream, eval_batches
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import eval_batches
 from hnet.metrics_log import read_metrics
 from hnet.train.checkpoint import latest_checkpoint, list_checkpoints
 from hnet.train.config import TrainConfig

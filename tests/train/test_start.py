@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from hnet.cli.main import main
 from hnet.config.keys import override, read_toml
 from hnet.data.corpus import Corpus
-from hnet.data.packing import Packed, PackStream
+from hnet.data.pack_stream import PackStream
+from hnet.data.packing import Packed
 from hnet.errors import UserError
 from hnet.metrics_log import read_metrics
 from hnet.train.config import TrainConfig
