@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from . import common
 from .common import Kernel
 
-FILES = ("routing", "pool", "dechunk", "ratio_loss", "ema")
+FILES = ("routing", "compaction", "pool", "dechunk", "ratio_loss", "ema")
 WIDTHS = (256, 1024, 1536, 2048)
 WIDTH = 1024  # where one must do
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

@@ -100,13 +100,13 @@ def test_a_budget_of_all_positions_looks_for_nothing_to_drop(monkeypatch):
 def test_a_budget_over_many_blocks(ties, budget, monkeypatch):
     """As a long pack has them: here in blocks of 64 positions and histograms of 128, with sequences that end at a
     block's edge, and with p = 1 for half of the boundaries."""
-    from hnet_kernels.triton import routing
+    from hnet_kernels.triton import compaction
 
     from . import oracle
     from .test_route import check
 
-    monkeypatch.setattr(routing, "COMPACT_BLOCK", 64)
-    monkeypatch.setattr(routing, "SELECT_BLOCK", 128)
+    monkeypatch.setattr(compaction, "COMPACT_BLOCK", 64)
+    monkeypatch.setattr(compaction, "SELECT_BLOCK", 128)
     lengths = [64, *([0] if budget > 6 else []), 100, 28, 130, 1, 253]  # 6: room for the first positions only
     q, k = qk_with_rate(576, 4, 0.6)
     if ties:
