@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hnet.config.keys import read_json
+from hnet.config.keys import from_json
 from hnet.errors import UserError
 
 from .spectral import fft_length
@@ -94,11 +94,7 @@ class ChunkLMConfig:
 
     @staticmethod
     def from_json(path: str | Path) -> ChunkLMConfig:
-        d = read_json(path)
-        try:
-            return ChunkLMConfig.from_dict(d)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
+        return from_json(path, ChunkLMConfig.from_dict)
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -51,9 +51,8 @@ def _entry(value: Any, where: str) -> Entry:
     path, weight, text_key = (value.get(k) for k in _KEYS)
     if not isinstance(path, str) or not path:
         raise UserError(f"{where}: path must be a file, a folder or an hf: stream, got {path!r}")
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not (0 < weight < math.inf):  # type: ignore[operator]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise UserError(f"{where}: weight of {path!r} must be a positive number, got {weight!r}")
     if text_key is not None and (not isinstance(text_key, str) or not text_key):
         raise UserError(f"{where}: text_key of {path!r} must be a name, got {text_key!r}")
-    return Entry(path, float(weight), text_key)  # type: ignore[arg-type]
+    return Entry(path, float(weight), text_key)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hnet.errors import MissingPath, UserError, user_path
 
@@ -14,6 +15,8 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+T = TypeVar("T")
 
 
 def key(
@@ -73,6 +76,19 @@ def parse_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as e:
         raise UserError(f"{path} is not TOML: {e}") from None
+
+
+def from_json(path: str | Path, make: Callable[[Any], T]) -> T:
+    """`make` of what a JSON file holds; a mistake in it names the file.
+
+    Raises:
+        FileNotFoundError, OSError, UserError: as `read_json`.
+    """
+    value = read_json(path)
+    try:
+        return make(value)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
 
 
 def read_json(path: str | Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hnet.errors import UserError
 
-from .keys import read_json
+from .keys import from_json
 
 MIXERS = "mMtTcC"  # Mamba-2, attention, gated convolution; a capital is followed by a SwiGLU
 MAMBA_HEADDIM = 64
@@ -131,11 +131,7 @@ class HNetConfig:
 
     @staticmethod
     def from_json(path: str | Path) -> HNetConfig:
-        d = read_json(path)
-        try:
-            return HNetConfig.from_dict(d)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
+        return from_json(path, HNetConfig.from_dict)
 
     @staticmethod
     def presets() -> list[str]:

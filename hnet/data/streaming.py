@@ -10,7 +10,7 @@ whole files. `DocumentStream` reads what only Hugging Face `datasets` can. An en
 `text` is the column (default: the configuration's text_key), `split` is train unless given, and the other keys go to
 `datasets.load_dataset`.
 
-Both can be read in `shards` disjoint parts, each with its own windows and cursor; see `packing.PackStream`.
+Both can be read in `shards` disjoint parts, each with its own windows and cursor; see `pack_stream.PackStream`.
 """
 
 from __future__ import annotations
@@ -171,9 +171,11 @@ class DocumentStream:
 
     def splits(self, shards: int) -> bool:
         """Whether shards would get about equally many of the dataset's files."""
-        if shards > 1 and self._files is None:
+        if shards == 1:
+            return True
+        if self._files is None:
             self._files = self._open(None).num_shards
-        return shards == 1 or self._files % shards == 0 or self._files >= 16 * shards  # type: ignore[operator]
+        return self._files % shards == 0 or self._files >= 16 * shards
 
     def passes(self, cursor: Cursor | None) -> float:
         return float(cursor["epoch"]) if cursor else 0.0

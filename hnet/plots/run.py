@@ -192,12 +192,17 @@ def _draw_loss(table: Table, ax: Axes) -> None:
     ax.set_ylabel(unit)
 
 
-def _draw_ratio_loss(table: Table, ax: Axes) -> None:
-    stages = _stages(table, "ratio_loss")
+def _draw_stages(table: Table, ax: Axes, name: str, label: str) -> None:
+    """A line for each stage that has `name`, or the run's own where no stage has."""
+    stages = _stages(table, name)
     for i in stages:
-        _line(ax, table, f"stage{i}/ratio_loss", f"stage {i}", _color(i), _dash(i))
+        _line(ax, table, f"stage{i}/{name}", f"stage {i}", _color(i), _dash(i))
     if not stages:
-        _line(ax, table, "ratio_loss", "ratio loss", BLUE)
+        _line(ax, table, name, label, BLUE)
+
+
+def _draw_ratio_loss(table: Table, ax: Axes) -> None:
+    _draw_stages(table, ax, "ratio_loss", "ratio loss")
     ax.set_ylabel("ratio loss")
 
 
@@ -212,11 +217,7 @@ def _draw_lr(table: Table, ax: Axes) -> None:
 
 
 def _draw_grad(table: Table, ax: Axes) -> None:
-    stages = _stages(table, "grad_norm")
-    for i in stages:
-        _line(ax, table, f"stage{i}/grad_norm", f"stage {i}", _color(i), _dash(i))
-    if not stages:
-        _line(ax, table, "grad_norm", "all", BLUE)
+    _draw_stages(table, ax, "grad_norm", "all")
     if any(np.max(np.asarray(line.get_ydata(), dtype=float), initial=0.0) > 0 for line in ax.lines):
         ax.set_yscale("log")
     ax.set_ylabel("gradient norm")
