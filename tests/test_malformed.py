@@ -10,6 +10,7 @@ from hnet import HNetConfig
 from hnet.chunk_lm.config import ChunkLMConfig
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.train import configuration
+from hnet.config import toml
 from hnet.config.architecture import from_shorthand, targets
 from hnet.config.keys import fields, read_toml
 from hnet.diagnose.report import diagnose
@@ -20,8 +21,7 @@ from hnet.train.config import TrainConfig
 from .diagnose.logs import healthy_rows
 from .diagnose.test_runs import LOGS
 
-tomli_w = pytest.importorskip("tomli_w")  # a borrowed GPU machine may lack these two
-hypothesis = pytest.importorskip("hypothesis")
+hypothesis = pytest.importorskip("hypothesis")  # a borrowed GPU machine may lack it
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 CLASSES = [TrainConfig, ChunkLMTrainConfig]
@@ -93,7 +93,7 @@ def wrong_types(draw):
 def test_a_toml_value_of_another_type(folder, made):
     cls, name, value = made
     path = folder / "wrong.toml"
-    path.write_text(tomli_w.dumps({name: value}))
+    path.write_text(toml.dumps({name: value}))
     refused(read_toml, path, cls, naming=f"wrong.toml: {name} must be ")
 
 
@@ -102,7 +102,7 @@ def test_a_toml_value_of_another_type(folder, made):
 def test_an_unknown_key(folder, cls, name, value):
     path = folder / "unknown.toml"
     name += "?"
-    path.write_text(tomli_w.dumps({name: value}))
+    path.write_text(toml.dumps({name: value}))
     refused(read_toml, path, cls, naming="unknown key ")
     refused(configuration, cls, str(path), None, {}, naming="unknown key ")
 
@@ -329,7 +329,7 @@ def test_rows_with_anything_in_them(folder, data):
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     key = data.draw(st.sampled_from([f.name for f in fields(TrainConfig)]))
     value = data.draw(st.one_of(*VALUES.values(), st.lists(st.integers(-1, 3), max_size=2)))
-    (run / "config.toml").write_text(tomli_w.dumps({"steps": 6, key: value}))
+    (run / "config.toml").write_text(toml.dumps({"steps": 6, key: value}))
     found, message = taken_or_refused(read_and_diagnose, run)
     assert found is not None or str(run) in message
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hnet.errors import UserError
 
+from . import toml
 from .entries import parse_data
 from .keys import check, fields, key
 
@@ -190,9 +191,7 @@ class RunConfig:
 
     def to_toml(self) -> str:
         """What config.toml holds: every key as it was given or its default."""
-        import tomli_w  # only writing needs it
-
-        return tomli_w.dumps(dataclasses.asdict(self) | self.__dict__.get("given", {}))
+        return toml.dumps(dataclasses.asdict(self) | self.__dict__.get("given", {}))
 
 
 def check_restarts(at: list[float], low: list[float], peak: list[float] | None = None) -> None:

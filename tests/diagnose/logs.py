@@ -5,13 +5,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pytest
 
+from hnet.config import toml
 from hnet.diagnose.report import diagnose
 from hnet.diagnose.runs import read_log
 from hnet.train.schedule import Schedule
-
-tomli_w = pytest.importorskip("tomli_w")  # a borrowed GPU machine may lack it
 
 STEPS = 400
 CONFIG = {
@@ -52,7 +50,7 @@ def healthy_rows(steps=STEPS, f=0.25, g=0.3, target=4.0, seed=0):
 def write_run(folder: Path, rows, **config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "config.toml").write_text(tomli_w.dumps(CONFIG | config))
+    (folder / "config.toml").write_text(toml.dumps(CONFIG | config))
     return folder
 
 
