@@ -16,8 +16,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("hnet benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny shapes and few rounds: does every benchmark run?")
     group.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json; 'card': named after the GPU")
+    group.addoption("--add", action="store_true", help="keep that file's rows of other benchmarks; write row by row")
     group.addoption("--rounds", type=int, default=21, help="timed rounds of every race (default 21)")
-    group.addoption("--compile-all", action="store_true", help="on a GPU, race torch.compile on every shape (slow)")
+    group.addoption(
+        "--compile", choices=("none", "some", "all"), default="some",
+        help="on a GPU, race torch.compile too: on the shapes of shapes.COMPILED (default), on none, on all (slow)",
+    )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -31,6 +35,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def kept_memory():
     assert hk.keep_memory()
+
+
+@pytest.fixture(autouse=True)
+def own_graphs():
+    """What a benchmark compiles is its own: no other has used up the variants of a function."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -51,7 +61,11 @@ def keep_row(request):
         row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
         ROWS.append(row)
         print_row(row)
-        if (path := results_path(request.config)) is not None:  # a run cut short leaves what it measured
+        if (path := results_path(request.config)) is None:
+            return
+        if request.config.getoption("--add"):
+            harness.add(path, [row], device_of([row]))
+        else:  # a run cut short leaves what it measured
             harness.save(unfinished(path), ROWS, device_of(ROWS))
 
     return keep
@@ -62,7 +76,6 @@ def race(benchmark, rounds, keep_row):
     """race(contenders, ours=, bytes=, **labels): times all contenders, reports ours, keeps the row."""
 
     def run(contenders, *, ours: str, bytes: int | None = None, **labels):
-        torch._dynamo.reset()
         seconds = harness.race(contenders, rounds)
         keep_row(seconds, ours=ours, bytes=bytes, **labels)
         benchmark.extra_info.update({f"{n} (ms)": round(1e3 * s, 3) for n, s in seconds.items()})
@@ -78,11 +91,11 @@ def race_passes(benchmark, rounds, keep_row):
     both, each with a copy of as many bytes."""
 
     def run(contenders, device: str, *, forward_bytes: int, backward_bytes: int, **labels):
-        torch._dynamo.reset()
         copy = harness.copy_pass(forward_bytes, backward_bytes, device)
         laps = harness.race_passes({**contenders, "copy": copy}, rounds, device)
         counted = {"forward": forward_bytes, "backward": backward_bytes, "both": forward_bytes + backward_bytes}
-        peaks = {name: lap.peak_bytes for name, lap in laps.items() if lap.peak_bytes is not None and name != "copy"}
+        allocating = {name: lap for name, lap in laps.items() if name not in ("copy", "graph")}
+        peaks = {name: lap.peak_bytes for name, lap in allocating.items() if lap.peak_bytes is not None}
         for direction, size in counted.items():
             keep_row(
                 {name: getattr(lap, direction) for name, lap in laps.items()}, ours="ours", bytes=size,
@@ -104,8 +117,7 @@ def race_passes(benchmark, rounds, keep_row):
 def print_row(row: dict) -> None:
     s, ours = row["seconds"], row["seconds"][row["ours"]]
     others = {n: t for n, t in s.items() if n not in (row["ours"], "copy")}
-    hidden = ("ours", "bytes", "seconds", "copy_bytes", "peak_bytes")
-    label = " ".join(str(v) for k, v in row.items() if k not in hidden)
+    label = " ".join(str(row[name]) for name in harness.LABELS if name in row)
     text = f"\n{label}: ours {1e3 * ours:.3g} ms"
     if row["bytes"] and "copy" in s:
         rate, copy = row["bytes"] / ours / 1e9, row["copy_bytes"] / s["copy"] / 1e9
@@ -132,7 +144,7 @@ def unfinished(path: Path) -> Path:
 
 def pytest_sessionfinish(session):
     path = results_path(session.config)
-    if path is None or not ROWS:
+    if path is None or not ROWS or session.config.getoption("--add"):
         return
     if session.exitstatus == 0:
         harness.save(path, ROWS, device_of(ROWS))

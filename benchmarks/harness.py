@@ -7,6 +7,7 @@ that a host too slow to launch leaves between kernels.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import re
@@ -156,6 +157,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+@functools.cache
 def driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -198,6 +200,32 @@ def machine(device: str = "cpu") -> dict[str, object]:
     }
 
 
+LABELS = ("op", "model", "direction", "T", "D", "L", "B", "N", "chunk", "dtype", "device")
+
+
+def labels(row: dict) -> tuple:
+    """What was measured, without what came out."""
+    return tuple(row.get(name) for name in LABELS)
+
+
 def save(path: Path, rows: list[dict], device: str = "cpu") -> None:
+    write(path, machine(device), rows)
+
+
+def add(path: Path, rows: list[dict], device: str = "cpu") -> None:
+    """As `save`, but keeps the rows that the file has of other benchmarks, if the same card and versions made them."""
+    here = machine(device)
+    if path.exists():
+        before = json.loads(path.read_text())
+        there = before["machine"]
+        if all(there.get(name) == here.get(name) for name in ("gpu", "torch", "triton")):
+            measured = {labels(row) for row in rows}
+            rows = [row for row in before["rows"] if labels(row) not in measured] + rows
+            if here["command"] not in there["command"].split("; "):
+                here["command"] = f"{there['command']}; {here['command']}"
+    write(path, here, rows)
+
+
+def write(path: Path, machine: dict, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

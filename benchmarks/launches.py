@@ -1,4 +1,7 @@
-"""CUDA graphs, and which kernels a piece of work launches."""
+"""CUDA graphs, and which kernels a piece of work launches.
+
+A replay costs the host next to nothing; launching the kernels of small work one by one measures the host instead.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from .harness import Pass
 
 
 def captured(work: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGraph:
@@ -21,6 +26,23 @@ def captured(work: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGrap
         kept = work()
     graph.kept = kept  # type: ignore[attr-defined]
     return graph
+
+
+def replayed(run: Pass, warmup: int = 3) -> Pass:
+    """`run` with its first inputs as two graphs, one of the forward and one of the backward."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            run.backward(0, run.forward(0))
+    torch.cuda.current_stream().wait_stream(side)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        out = run.forward(0)
+    with torch.cuda.graph(backward, pool=forward.pool()):  # on the stream of the forward, where autograd runs it
+        grads = run.backward(0, out)
+    kept = (out, grads)  # in the graphs' memory
+    return Pass(lambda i: (forward.replay(), kept), lambda i, _: backward.replay())
 
 
 def kernels_of(work: Callable[[], object]) -> list[str]:

@@ -18,8 +18,14 @@ class Shape(NamedTuple):
 
 SMOKE = Shape(512, 64, 5, 4)
 GPU = [Shape(T, D, chunk) for T in (8192, 65536, 262144) for D in (1024, 1536, 2048) for chunk in (3, 6)]
-# Compiling a baseline takes seconds, so torch.compile races on these, on the others with --compile-all.
+GRAPHS = [Shape(T, D, 6) for T in (8192, 65536, 262144) for D in (1024, 2048)]
+# Compiling a baseline takes seconds, so torch.compile races on these, on the others with --compile all.
 COMPILED = {Shape(8192, 1024, 6), Shape(65536, 1024, 6), Shape(262144, 1024, 6)}
+
+
+def raced_compiled(config, shape: Shape) -> bool:
+    """Whether torch.compile's contenders race on a GPU, by the option --compile."""
+    return {"none": False, "some": shape in COMPILED, "all": True}[config.getoption("--compile")]
 
 
 def ragged(T: int, N: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 import hnet_kernels as hk
 
 from . import baselines
+from .shapes import Shape, qk, ragged, rows
 
 TARGET = 6.0
 
@@ -59,19 +60,41 @@ def rounded_budget(num_chunks: int) -> int:
     return -(-num_chunks // 64) * 64
 
 
-def bytes_of(T: int, M: int, D: int, size: int) -> dict[str, tuple[int, int]]:
+def bytes_of(T: int, M: int, D: int, size: int, residual: int | None = None) -> dict[str, tuple[int, int]]:
     """(forward, backward) bytes of each op, every input read once and every output written once.
 
-    `size` is that of an element of a row. pool reads only the rows it keeps; the residual's gradient is dout itself.
+    `size` is that of an element of a row, `residual` of one of the residual (default: the same). pool reads only the
+    rows it keeps; the residual's gradient is dout itself, unless it is of another dtype.
     """
     row, chunks, positions = size * D, 4 * M, T
+    residual_row = (residual or size) * D
+    dresidual = 0 if residual_row == row else T * residual_row
     ops = {
         # q, k -> prob, selected, mask, index, chunk_start; q, k, dprob, dselected -> dq, dk
         "route": (2 * T * row + 13 * positions + chunks, 4 * T * row + 8 * positions),
         # kept rows, chunk_start -> z; dz, chunk index -> dx
         "pool": (2 * M * row + chunks, (T + M) * row + 4 * positions),
         # z, residual, index, P -> out; dout, z, index, P -> dz, dprob, dselected
-        "dechunk": ((2 * T + M) * row + 4 * positions + chunks, (T + 2 * M) * row + 12 * positions + chunks),
+        "dechunk": (
+            (T + M) * row + T * residual_row + 4 * positions + chunks,
+            (T + 2 * M) * row + dresidual + 12 * positions + chunks,
+        ),
     }
     ops["round trip"] = (sum(f for f, _ in ops.values()), sum(b for _, b in ops.values()))
     return ops
+
+
+def main(device: str, shape: Shape) -> None:
+    """One stage, forward and backward, for a profiler: `ncu ... python -m benchmarks.stage`."""
+    T, D, chunk, N = shape
+    cu = ragged(T, N).to(device)
+    q, k = (x.requires_grad_() for x in qk(T, D, chunk, torch.bfloat16, 0, device))
+    x = rows(T, D, torch.bfloat16, device, True)
+    residual = rows(T, D, torch.float32, device, True)  # as the model's
+    out, ratio = ours(q, k, x, residual, cu, max_chunks=T)
+    (out.float().square().mean() + ratio).backward()
+    print(f"ran on {device}, T = {T}, D = {D}")
+
+
+if __name__ == "__main__":
+    main("cuda", Shape(65536, 1024, 6))

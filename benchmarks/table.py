@@ -2,9 +2,9 @@
 
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
-every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, and `training_*` are
-those of `python -m benchmarks.training`. `python -m benchmarks.table NAME` prints one table in full (`card`: that of
-the GPU here).
+every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
+those of `python -m benchmarks.training`, and `predicted` is that of `python -m benchmarks.predict`.
+`python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = ("eager", "compile", "published")
+OURS = ("triton", "cuda")  # backends of ours that race each other
 
 
 def best(seconds: dict[str, float], kind: str) -> float | None:
@@ -127,8 +128,51 @@ def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
     return f"{mean(values):{sign}.{digits}f}{spread}"
 
 
+# --- what the GPU kernels should cost -----------------------------------------------------------------------------
+
+
+def predicted_section(data: dict) -> str:
+    """With a column for every GPU whose replays of the same shape have been measured."""
+    rows, m = data["rows"], data["machine"]
+    cards = gpu_results()
+    head = ["op", "", "least MB", "MB as written", "launches", "registers x warps", "warps on an SM", "predicted µs"]
+    head += [f"measured µs, {card['machine']['gpu']}" for card in cards]
+    lines = [line(head), "|---|---|" + "--:|" * (len(head) - 2)]
+    for r in rows:
+        launches = r["launches"]
+        cells = [
+            r["op"],
+            r["direction"],
+            f"{r['minimal_bytes'] / 1e6:.0f}",
+            f"{r['bytes'] / 1e6:.0f}",
+            str(len(launches)),
+        ]
+        cells += [", ".join(f"{x['registers']} x {x['warps']}" for x in launches)]
+        cells += [", ".join(str(x["resident"]) for x in launches), f"{1e6 * r['seconds']:.0f}"]
+        lines.append(line([*cells, *(replay_of(r, card["rows"]) for card in cards)]))
+    shape = rows[0]
+    about = (
+        f"**Predicted{'' if cards else ', none of it measured'}**, at T = {shape['T']}, D = {shape['D']}, mean chunk "
+        f"{shape['chunk']}, {shape['dtype']}, {shape['N']} sequences, a budget, a gradient to come: from the bytes as "
+        f"written, at {m['share']:g} of the {m['bandwidth'] / 1e12:g} TB/s that a copy moves on an H200, and at least "
+        f"{1e6 * m['least']:g} µs a launch. As written: every tensor that a launch reads or writes, once. Registers of "
+        f"a thread x warps of a block, and how many warps fit on a multiprocessor, of 64: as compiled for "
+        f"{m['target']} by Triton {m['triton']}."
+    )
+    return "\n".join([*lines, "", about, ""])
+
+
+def replay_of(row: dict, measured: list[dict]) -> str:
+    same = [
+        r for r in measured
+        if r["op"] == f"{row['op']}, replayed" and all(r[k] == row[k] for k in ("direction", "T", "D", "chunk"))
+    ]  # fmt: skip
+    return f"{1e6 * same[0]['seconds'][same[0]['ours']]:.0f}" if same else ""
+
+
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
-            "training_curriculum": ("training_curriculum", curriculum_section)}  # fmt: skip
+            "training_curriculum": ("training_curriculum", curriculum_section),
+            "predicted": ("predicted", predicted_section)}  # fmt: skip
 
 
 # --- GPU ----------------------------------------------------------------------------------------------------------
@@ -137,7 +181,7 @@ SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("train
 def peak(row: dict) -> str:
     """MB above the inputs: ours, and the least of the others."""
     peaks = row.get("peak_bytes") or {}
-    others = [b for name, b in peaks.items() if name != row["ours"]]
+    others = [b for name, b in peaks.items() if name != row["ours"] and name not in OURS]
     if row["ours"] not in peaks:
         return ""
     return f"{peaks[row['ours']] / 1e6:.0f}" + (f" / {min(others) / 1e6:.0f}" if others else "")
@@ -145,8 +189,8 @@ def peak(row: dict) -> str:
 
 def gpu_table(rows: list[dict]) -> list[str]:
     lines = [
-        "| op | T | D | chunk | | ours | GB/s | of copy | fastest eager | torch.compile | published | peak MB |",
-        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| op | T | D | chunk | | ours | GB/s | of copy | in a graph | eager | torch.compile | published | peak MB |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
         ours = r["seconds"][r["ours"]]
@@ -154,10 +198,46 @@ def gpu_table(rows: list[dict]) -> list[str]:
         cells += [
             f"{r['bytes'] / ours / 1e9:.0f}",
             f"{of_copy(r):.0f} %",
+            in_a_graph(r),
             *(against(r, kind) for kind in KINDS),
             peak(r),
         ]
         lines.append(line(cells))
+    return lines
+
+
+def in_a_graph(row: dict) -> str:
+    """Ours without the host"""
+    t = row["seconds"].get("graph")
+    return "" if t is None else f"{1e3 * t:.3f} ms ({of_copy({**row, 'ours': 'graph'}):.0f} %)"
+
+
+def replay_table(rows: list[dict]) -> list[str]:
+    """Ours alone; where an op has two routes, both."""
+    lines = ["| replayed | T | D | | us | of copy | triton us | cuda us |", "|---|--:|--:|---|--:|--:|--:|--:|"]
+    for r in rows:
+        s = r["seconds"]
+        cells = [r["op"].removesuffix(", replayed"), str(r["T"]), str(r["D"]), r["direction"]]
+        cells += [f"{1e6 * s[r['ours']]:.0f}", f"{of_copy(r):.0f} %"]
+        lines.append(line([*cells, *(f"{1e6 * s[b]:.0f}" if b in s else "" for b in ("triton", "cuda"))]))
+    return lines
+
+
+def train_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| training step | bytes | | ms | MB/s | MFLOP a byte | MFU | peak GB | bytes a chunk |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        for name, t in r["seconds"].items():
+            mfu, peak, chunk = (r[k][name] for k in ("mfu", "peak_bytes", "bytes_per_chunk"))
+            cells = [r["model"], str(r["T"]), name, f"{1e3 * t:.1f}", f"{r['T'] / t / 1e6:.2f}"]
+            cells += [f"{r['flops_per_byte'][name] / 1e6:.1f}", "" if mfu is None else f"{100 * mfu:.1f} %"]
+            cells += ["" if peak is None else f"{peak / 1e9:.1f}", "" if chunk is None else f"{chunk:.1f}"]
+            lines.append(line(cells))
+        lines += [
+            line([r["model"], str(r["T"]), name, f"left out: {why}", *[""] * 5]) for name, why in r["left_out"].items()
+        ]
     return lines
 
 
@@ -172,34 +252,50 @@ def graph_lines(rows: list[dict]) -> list[str]:
 def decode_lines(rows: list[dict]) -> list[str]:
     lines = []
     for r in rows:
-        text = ", ".join(f"{name} {1e6 * t:.0f} us" for name, t in r["seconds"].items())
-        lines.append(f"{r['op'].capitalize()} of {r['B']} sequences, D = {r['D']}: {text}.")
+        if "D" in r:
+            text = ", ".join(f"{name} {1e6 * t:.0f} us" for name, t in r["seconds"].items())
+            lines.append(f"{r['op'].capitalize()} of {r['B']} sequences, D = {r['D']}: {text}.")
+        else:
+            text = ", ".join(f"{name} {r['B'] / t:.0f} bytes/s" for name, t in r["seconds"].items())
+            lines.append(f"{r['op'].capitalize()} {r['B']} sequences with {r['model']}, {r['dtype']}: {text}.")
     return lines
 
 
 def headline(row: dict) -> bool:
-    return row["D"] == 1024 and row["chunk"] == 6
+    return row["op"] == "training step" or (row["D"] == 1024 and row["chunk"] == 6)
 
 
 def gpu_section(data: dict, full: bool) -> str:
     m, rows = data["machine"], [r for r in data["rows"] if r.get("device") == "cuda"]
-    ops = [r for r in rows if "direction" in r]
-    shown = [r for r in ops if full or headline(r)]
-    copy = [r["copy_bytes"] / r["seconds"]["copy"] / 1e9 for r in ops]
+    timed = [r for r in rows if "direction" in r]
+    ops = [r for r in timed if not r["op"].endswith(", replayed")]
+    replays = [r for r in timed if r["op"].endswith(", replayed")]
+    steps = [r for r in rows if r["op"] == "training step"]
+    copy = [r["copy_bytes"] / r["seconds"]["copy"] / 1e9 for r in timed]
     about = (
         f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, triton {m['triton']}, "
-        f"Python {m['python']}, {m['date']}: `{m['command']}`. bf16, {ops[0]['N']} ragged sequences; medians, cold "
-        f"cache, forward and backward timed apart. Every input counts once and every output once; a copy of as many "
-        f"bytes in the same run moved up to {max(copy):.0f} GB/s. Peak MB: ours / the least of the others."
+        f"Python {m['python']}, {m['date']}: `{m['command']}`. bf16, ragged sequences; medians, cold cache, forward "
+        f"and backward timed apart. Every input counts once and every output once; a copy of as many bytes in the same "
+        f"run moved up to {max(copy, default=0):.0f} GB/s. In a graph: the same kernels without the host that launches "
+        f"them. Peak MB: ours / the least of the others."
     )
     single = graph_lines([r for r in rows if "kernels" in r]) + decode_lines([r for r in rows if "B" in r])
     lines = [x for one in single for x in (one, "")]  # a paragraph each
-    return "\n".join([f"### {m['gpu']}", "", *gpu_table(shown), "", about, "", *lines])
+    tables = [
+        make([r for r in found if full or headline(r)])
+        for found, make in ((ops, gpu_table), (replays, replay_table), (steps, train_table))
+        if found
+    ]
+    return "\n".join([f"### {m['gpu']}", "", *(x for t in tables for x in (*t, "")), about, "", *lines])
+
+
+def gpu_results() -> list[dict]:
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json")) if ".unfinished" not in p.name]
+    return [data for data in found if "gpu" in data["machine"]]
 
 
 def gpu_sections(full: bool) -> str:
-    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json")) if ".unfinished" not in p.name]
-    sections = [gpu_section(data, full) for data in found if "gpu" in data["machine"]]
+    sections = [gpu_section(data, full) for data in gpu_results()]
     return "\n".join(["", "## Speed on a GPU", "", *sections]) if sections else ""
 
 

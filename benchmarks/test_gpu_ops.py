@@ -3,15 +3,17 @@
 The counted bytes are `stage.bytes_of`. The smoke run takes them over tiny shapes on the CPU.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import hnet_kernels as hk
 from hnet_kernels import dispatch, reference
 
-from . import baselines, harness, published, stage
+from . import baselines, harness, launches, published, stage
 from .harness import Pass
-from .shapes import COMPILED, GPU, SMOKE, Shape, qk, ragged, rows
+from .shapes import GPU, SMOKE, Shape, qk, raced_compiled, ragged, rows
 
 CASES = [
     pytest.param("cpu", SMOKE, id="cpu"),
@@ -31,7 +33,7 @@ def shape(request, smoke):
 
 @pytest.fixture
 def compiled(request, smoke, shape) -> bool:
-    return not smoke and (shape in COMPILED or request.config.getoption("--compile-all"))
+    return not smoke and raced_compiled(request.config, shape)
 
 
 def both_kinds(forms: dict, compiled: bool) -> dict:
@@ -47,6 +49,12 @@ def gpu_backends(op: str, device: str) -> list[str]:
         return []
     usable = [b for b in ("triton", "cuda") if dispatch.why_not(b, op, device, DTYPE) is None]
     return usable if len(usable) > 1 else []
+
+
+def racers(forms: dict, passes: Callable[..., Pass], device: str) -> dict[str, Pass]:
+    """The passes of all forms, and on a GPU ours once more as replays of CUDA graphs: what is left without the host."""
+    found = {name: passes(f) for name, f in forms.items()}
+    return found | {"graph": launches.replayed(found["ours"])} if device == "cuda" else found
 
 
 def mostly_close(got, want) -> bool:
@@ -77,7 +85,7 @@ def test_route(race_passes, shape, compiled, device, case):
         assert mostly_close(f(*sets[0], cu)[0], want), name
     forward_bytes, backward_bytes = stage.bytes_of(T, M, D, 2)["route"]
     race_passes(
-        {name: passes(f) for name, f in forms.items()}, device, forward_bytes=forward_bytes,
+        racers(forms, passes, device), device, forward_bytes=forward_bytes,
         backward_bytes=backward_bytes, op="route", dtype="bfloat16", **shape._asdict(), M=M,
     )  # fmt: skip
 
@@ -104,7 +112,7 @@ def test_pool(race_passes, shape, compiled, device, case):
         assert torch.equal(f(sets[0]), want), name
     forward_bytes, backward_bytes = stage.bytes_of(T, M, D, 2)["pool"]
     race_passes(
-        {name: passes(f) for name, f in forms.items()}, device, forward_bytes=forward_bytes,
+        racers(forms, passes, device), device, forward_bytes=forward_bytes,
         backward_bytes=backward_bytes, op="pool", dtype="bfloat16", **shape._asdict(), M=M,
     )  # fmt: skip
 
@@ -135,7 +143,7 @@ def test_dechunk(race_passes, shape, compiled, device, case):
         assert mostly_close(f(*sets[0]), want), name
     forward_bytes, backward_bytes = stage.bytes_of(T, M, D, 2)["dechunk"]
     race_passes(
-        {name: passes(f) for name, f in forms.items()}, device, forward_bytes=forward_bytes,
+        racers(forms, passes, device), device, forward_bytes=forward_bytes,
         backward_bytes=backward_bytes, op="dechunk", dtype="bfloat16", **shape._asdict(), M=M,
     )  # fmt: skip
 

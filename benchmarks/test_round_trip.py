@@ -10,7 +10,7 @@ import hnet_kernels as hk
 
 from . import baselines, harness, launches, published, shapes, stage
 from .harness import Pass
-from .shapes import COMPILED, GPU, SMOKE, Shape, qk, ragged, rows
+from .shapes import GPU, SMOKE, Shape, qk, raced_compiled, ragged, rows
 
 CASES = [
     pytest.param("cpu", Shape(16384, 1024, 5), torch.float32, id="cpu-fp32"),
@@ -73,11 +73,13 @@ def agrees(inputs: Inputs, form, want, name: str) -> None:
 def test_round_trip(race_passes, request, smoke, device, shape, dtype):
     shape = SMOKE if smoke else shape
     inputs = Inputs(shape, dtype, device)
-    compiled = device == "cpu" or shape in COMPILED or request.config.getoption("--compile-all")
+    compiled = device == "cpu" or raced_compiled(request.config, shape)
     racers = contenders(inputs, compiled and not smoke)
     want = racers["ours"].forward(0)
     for name, racer in racers.items():
         agrees(inputs, lambda *a, racer=racer: racer.forward(0), want, name)
+    if device == "cuda":
+        racers["graph"] = launches.replayed(racers["ours"])
     forward_bytes, backward_bytes = stage.bytes_of(shape.T, inputs.M, shape.D, dtype.itemsize)["round trip"]
     race_passes(
         racers, device, forward_bytes=forward_bytes, backward_bytes=backward_bytes,
@@ -116,4 +118,7 @@ def test_bytes_are_those_of_the_tensors():
     assert count["route"][0] == sum(t.nbytes for t in (q, k, *layout))
     assert count["pool"] == (2 * z.nbytes + r.chunk_start.nbytes, x.nbytes + z.nbytes + r.chunk_index.nbytes)
     assert count["dechunk"][0] == z.nbytes + residual.nbytes + out.nbytes + r.chunk_index.nbytes + 4 * M
+    wide = stage.bytes_of(shape.T, M, shape.D, 2, residual=4)["dechunk"]
+    assert wide[0] == count["dechunk"][0] + residual.nbytes
+    assert wide[1] == count["dechunk"][1] + 2 * residual.nbytes  # the residual's gradient, fp32
     assert count["round trip"][1] == sum(count[op][1] for op in ("route", "pool", "dechunk"))

@@ -91,4 +91,4 @@ def test_results_say_where_they_come_from(monkeypatch):
 
 def test_driver_version_of_a_machine_without_a_driver(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert harness.driver_version() == "unknown"
+    assert harness.driver_version.__wrapped__() == "unknown"
