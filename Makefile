@@ -4,8 +4,8 @@
 #             make gate TRITON=3.6.0 again under that version, which it downloads
 # make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
 # make wheel  build the wheel and one of the ops alone, install each apart from the sources and use it
-# make gpu    on a machine with a GPU: build for the torch that PYTHON has, run the GPU tests, the GPU benchmarks, and
-#             print their table. Downloads nothing. Alone: make gpu-build, make gpu-test, make gpu-bench
+# make gpu    on a machine with a GPU: scripts/gpu_harvest.sh all, which builds for the torch that PYTHON has, tests and
+#             measures, downloads nothing; then the tables. Apart and in full: make gpu-build, make gpu-test, make gpu-bench
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -87,19 +87,16 @@ sanitize: setup
 
 # --- on a machine with a GPU: no environment of our own, no build isolation, no index to download from ---------------
 HAS_GPU = $(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else sys.executable + ": torch " + torch.__version__ + " sees no CUDA device")'
-CARD = $(shell $(PYTHON) -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())' 2>/dev/null)
 WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()), "--dist loadfile")' 2>/dev/null)
 
 gpu:
-	$(MAKE) gpu-build
-	$(MAKE) gpu-test
-	$(MAKE) gpu-bench
+	@$(HAS_GPU)
+	PYTHON=$(PYTHON) scripts/gpu_harvest.sh all
+	$(PYTHON) -m benchmarks.table
 
 gpu-build:
 	@$(HAS_GPU)
-	CMAKE_ARGS="$(CMAKE_ARGS) -DCMAKE_CUDA_ARCHITECTURES=$(CARD)" $(PYTHON) -m pip install --quiet \
-	  --disable-pip-version-check --no-index --no-deps --no-build-isolation -e .
-	$(PYTHON) -m hnet_kernels.info
+	PYTHON=$(PYTHON) scripts/gpu_harvest.sh build
 
 gpu-test:
 	@$(HAS_GPU)
@@ -107,7 +104,7 @@ gpu-test:
 
 gpu-bench:
 	@$(HAS_GPU)
-	$(PYTHON) -m pytest benchmarks -q -s -m gpu --benchmark-disable --results card $(if $(ALL),--compile-all)
+	$(PYTHON) -m pytest benchmarks -q -s -m gpu --benchmark-disable --results card $(if $(ALL),--compile all)
 	$(PYTHON) -m benchmarks.table
 	$(PYTHON) -m benchmarks.table card
 

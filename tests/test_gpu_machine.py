@@ -1,4 +1,4 @@
-"""`make gpu` on a machine that has torch and little else: what it collects there, and what it asks for."""
+"""Tests, benchmarks and `make gpu` on a machine that has torch and little else: what is collected, and asked for."""
 
 import subprocess
 import sys
@@ -62,9 +62,9 @@ def collected(*arguments: str) -> str:
 
 
 def test_the_block_blocks():
-    code = BLOCK + "import numpy, torch\ntry:\n    import tomli_w\nexcept ModuleNotFoundError as e:\n    print(e)"
+    code = BLOCK + "import numpy, torch\ntry:\n    import pyarrow\nexcept ModuleNotFoundError as e:\n    print(e)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "tomli_w" in out
+    assert "pyarrow" in out
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,28 @@ def test_the_block_blocks():
             "tests",
             ["gpu/test_stage.py", "gpu/test_large.py", "gpu/test_model.py", "kernels/test_route.py", "triton-gpu"],
         ),
-        ("benchmarks", ["test_gpu_ops.py::test_route[gpu-T65536-D2048-chunk3]", "test_round_trip_in_a_cuda_graph"]),
+        (
+            "benchmarks",
+            [
+                *("test_gpu_ops.py::test_route[gpu-T65536-D2048-chunk3]", "test_round_trip_in_a_cuda_graph"),
+                *("test_graphs.py::test_replay[route, dropping half-gpu-T262144-D2048-chunk6]",),
+                *("test_forms_of_the_step[hnet_1stage_L-T131072]", "test_decode[laptop-B32]"),
+            ],
+        ),
     ],
 )
 def test_gpu_tests_are_collected(folder, parts):
     out = collected(folder, "-m", "gpu")
     for part in parts:
         assert part in out, f"{part} is missing from what was collected"
+
+
+def test_a_run_needs_nothing_else():
+    """Training and its config.toml."""
+    code = BLOCK + "from hnet.train.loop import Trainer\nfrom hnet.train.config import TrainConfig\nimport hnet.cli\n"
+    code += "print(TrainConfig(data=['x']).to_toml())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 'data = ["x"]\n' in out
 
 
 def test_everything_in_the_gpu_folder_is_marked():
