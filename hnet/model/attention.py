@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import AttentionCache, allocate_kv, write_kv
-from .pack import Pack
+from .pack import Pack, rotary
 
 
 class CausalAttention(nn.Module):
@@ -22,17 +22,17 @@ class CausalAttention(nn.Module):
         self.Wqkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
-    def qkv(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, rotated, (T, 2, heads, head_dim); v (T, heads, head_dim)"""
+    def qkv(self, x: Tensor, position: Tensor, tables: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """q and k, rotated, (T, 2, heads, head_dim); v (T, heads, head_dim). tables: cos and sin, where they are."""
         qk, v = self.Wqkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim).split([2, 1], dim=1)
         if self.rotary_dim:
-            qk = rotate(qk, *rotary(position, self.rotary_dim))
+            qk = rotate(qk, *(tables or rotary(position, self.rotary_dim)))
         return qk, v[:, 0]
 
     def forward(
         self, x: Tensor, pack: Pack, cache: AttentionCache | None = None, slots: Tensor | None = None
     ) -> Tensor:
-        qk, v = self.qkv(x, pack.position)
+        qk, v = self.qkv(x, pack.position, pack.rotary(self.rotary_dim) if self.rotary_dim else None)
         if cache is not None and slots is not None:
             self._fill(cache, qk[:, 1], v, pack, slots)
         return self.out_proj(attention(qk, v, pack, self.window).reshape(x.shape))
@@ -77,13 +77,6 @@ class CausalAttention(nn.Module):
 
 
 # --- rotary -------------------------------------------------------------------------------------------------------
-
-
-def rotary(position: Tensor, dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
-    """cos, sin (T, 1, 1, dim / 2) fp32"""
-    inv_freq = base ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
-    angle = (position.float()[:, None] * inv_freq)[:, None, None, :]
-    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class Pack:
         self.padded = padded
         self.max_seqlen = T if max_seqlen is None else max_seqlen
 
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+
     @property
     def N(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -48,6 +50,12 @@ class Pack:
         """(T,) int32: place of each row in its sequence (padding counts as one more sequence)."""
         rows = torch.arange(self.T, device=self.cu_seqlens.device, dtype=torch.int32)
         return rows - self.cu_seqlens[self.seq_idx.long()]
+
+    def rotary(self, dim: int) -> tuple[Tensor, Tensor]:
+        """cos, sin (T, 1, 1, dim / 2) fp32 of every row's position"""
+        if dim not in self._rotary:
+            self._rotary[dim] = rotary(self.position, dim)
+        return self._rotary[dim]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -75,3 +83,10 @@ class Pack:
     @cached_property
     def starts(self) -> list[int]:
         return self.cu_seqlens[:-1].tolist()
+
+
+def rotary(position: Tensor, dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
+    """cos, sin (T, 1, 1, dim / 2) fp32"""
+    inv_freq = base ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
+    angle = (position.float()[:, None] * inv_freq)[:, None, None, :]
+    return angle.cos(), angle.sin()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hnet import HNetConfig
+from hnet.model import pack as packs
 from hnet.model.attention import CausalAttention, _unpadded, attention
 from hnet.model.conv import DepthwiseConv1d, last_rows
 from hnet.model.isotropic import Block
@@ -326,3 +327,22 @@ def test_padding_rows_around_a_varlen_kernel():
     assert (dv[:12] == 1).all()
     assert (dqk[12:] == 0).all()
     assert (dv[12:] == 0).all()
+
+
+def test_rotary_tables_are_made_once_a_pack(monkeypatch):
+    """By four layers of one stage, and to the bit what each layer would make of the positions."""
+    config = HNetConfig.from_dict(
+        {"arch_layout": ["t4"], "d_model": [32], "d_intermediate": [0],
+         "attn_cfg": {"num_heads": [4], "rotary_emb_dim": [8], "window_size": [5]}}
+    )  # fmt: skip
+    layers = [Block("t", config, 0) for _ in range(4)]
+    made = []
+    right = packs.rotary
+    monkeypatch.setattr(packs, "rotary", lambda *a: made.append(a) or right(*a))
+    x, pack = torch.randn(100, 32), pack_of([60, 40])
+    outs = [layer(x, None, pack)[0] for layer in layers]
+    assert len(made) == 1
+    monkeypatch.setattr(Pack, "rotary", lambda self, dim: right(self.position, dim))
+    assert all(torch.equal(out, layer(x, None, pack)[0]) for out, layer in zip(outs, layers, strict=True))
+    inv_freq = 1e4 ** (-torch.arange(0, 8, 2, dtype=torch.float32) / 8)
+    assert torch.equal(pack_of([60, 40]).rotary(8)[0][61, 0, 0], inv_freq.cos())
