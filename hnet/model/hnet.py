@@ -11,6 +11,7 @@ import hnet_kernels as hk
 from hnet.config import HNetConfig
 
 from .cache import RouteCache, StageCache
+from .fork import fork
 from .isotropic import Isotropic
 from .pack import Pack
 
@@ -83,8 +84,8 @@ class HNet(nn.Module):
             return self.main_network(x, pack, cache and cache.layers, slots)[:, :width], []
 
         x = self.encoder(x, pack, cache and cache.layers, slots)
-        residual = self._residual(x)
-        q, k = self.routing_module.q_proj_layer(x), self.routing_module.k_proj_layer(x)
+        router = self.routing_module
+        residual, q, k, x = fork(x, self.residual_proj, router.q_proj_layer, router.k_proj_layer)
         budget = None if max_chunks is None else max_chunks[self.stage]
         r = hk.route(
             q, k, pack.cu_seqlens, logit_bias=self.logit_bias,
