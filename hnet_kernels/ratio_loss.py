@@ -30,7 +30,7 @@ def boundary_fractions(r: Routing, *, reduction: str = "batch", group: Any = Non
     counts = (r.cu_chunks[1:] - r.cu_chunks[:-1]).to(r.prob_sum.dtype)
     if reduction == "sequence":
         return counts / lengths.clamp(min=1), r.prob_sum / lengths.clamp(min=1)
-    sums = torch.stack([counts.sum(), r.prob_sum.sum(), lengths.sum()])
+    sums = torch.stack([counts.sum(), _sum(r.prob_sum), lengths.sum()])
     if reduction == "global":
         sums = _AllReduceSum.apply(sums, group)
     return sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1)
@@ -83,8 +83,13 @@ def ratio_loss(
     loss = n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))
     if reduction == "sequence":
         lengths = r.cu_seqlens[1:] - r.cu_seqlens[:-1]
-        return torch.where(lengths > 0, loss, 0).sum() / (lengths > 0).sum().clamp(min=1)
+        return _sum(torch.where(lengths > 0, loss, 0)) / (lengths > 0).sum().clamp(min=1)
     return loss
+
+
+def _sum(x: Tensor) -> Tensor:
+    """In fp64, so that empty sequences at the end, which add zeros but may change the order, do not change the bits."""
+    return x.double().sum().to(x.dtype)
 
 
 def _positions_per_chunk(target_ratio: float) -> float:
