@@ -35,5 +35,12 @@ def pick_autocast(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bf16" else None
 
 
+def set_matmul_precision(device: torch.device, tf32: bool) -> None:
+    """How this process multiplies fp32 matrices on a GPU: in TF32 (a mantissa of 10 bits, sums in fp32) or as they are.
+    For a CPU nothing is set."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
 def out_of_memory(e: BaseException) -> bool:
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)

@@ -128,6 +128,11 @@ class RunConfig:
     dtype: str = key(
         "auto", "auto, fp32 or bf16 (autocast; master weights stay fp32)", choices=("auto", "fp32", "bf16")
     )
+    tf32: bool = key(
+        True,
+        "on a GPU multiply fp32 matrices in TF32 (torch.set_float32_matmul_precision, for the whole process); never on "
+        "a CPU",
+    )
     deterministic: bool = key(
         False, "only deterministic algorithms, for bit-exact resume on a GPU (a CPU is always exact)"
     )

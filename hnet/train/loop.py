@@ -25,7 +25,7 @@ from torch import Tensor
 
 import hnet_kernels as hk
 from hnet.config.run import RunConfig
-from hnet.device import out_of_memory, pick_autocast, pick_device
+from hnet.device import out_of_memory, pick_autocast, pick_device, set_matmul_precision
 from hnet.errors import RunFailed
 from hnet.events import Event
 from hnet.model.cost import peak_flops
@@ -93,6 +93,7 @@ class Trainer:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.world.local_rank)
         self.autocast_dtype = pick_autocast(config.dtype, self.device)
+        set_matmul_precision(self.device, config.tf32)
         if self.device.type == "cpu":
             hk.keep_memory()
         if config.deterministic:
