@@ -38,7 +38,7 @@ class Clipper:
 
     def __init__(self, config: RunConfig, stages: list[list[nn.Parameter]], device: torch.device) -> None:
         self.config, self.stages, self.device = config, stages, device
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # norms seen
         self.history = torch.full((config.clip_window, len(stages)), float("nan"), device=device)
 
     def clip(self) -> Tensor:
@@ -52,10 +52,11 @@ class Clipper:
         if c.max_grad_norm:
             scale *= (c.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
         if c.clipping == "adaptive":
-            if self.count >= min(AT_LEAST, c.clip_window):
-                limit = torch.nanquantile(self.history, c.clip_percentile / 100, dim=0)
-                scale = (limit / (norms + 1e-6)).clamp(max=1.0)
-            self.history[self.count % c.clip_window] = torch.where(norms.isfinite(), norms, torch.nan)
+            limit = torch.nanquantile(self.history, c.clip_percentile / 100, dim=0)
+            enough = self.count >= min(AT_LEAST, c.clip_window)
+            scale = torch.where(enough, (limit / (norms + 1e-6)).clamp(max=1.0), scale)
+            seen = torch.where(norms.isfinite(), norms, torch.nan)
+            self.history.index_copy_(0, (self.count % c.clip_window)[None], seen[None])
             self.count += 1
         for parameters, s in zip(self.stages, scale.unbind(), strict=True):
             if grads := gradients(parameters):
@@ -63,8 +64,8 @@ class Clipper:
         return norms
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "history": self.history.cpu()}
+        return {"count": int(self.count), "history": self.history.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.count.fill_(state["count"])
         self.history.copy_(state["history"])

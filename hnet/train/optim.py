@@ -11,7 +11,8 @@ from hnet.config.run import RunConfig
 from hnet.model.mamba2 import Mamba2
 from hnet.model.parameters import stage_of
 
-from .shards import spread_like
+from .muon import Muon
+from .shards import sharded, spread_like
 
 
 def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
@@ -32,7 +33,10 @@ def muon_parameters(model: nn.Module) -> set[int]:
 
 
 class Optimizers:
-    """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate."""
+    """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate.
+
+    On a GPU, unless the parameters are sharded, the rates are numbers there, of which a CUDA graph knows the address.
+    """
 
     def __init__(self, model: nn.Module, config: RunConfig, multipliers: list[float], router_lr: float = 1.0) -> None:
         """multipliers: learning-rate factor of every stage; router_lr: of routing projections, on top."""
@@ -52,67 +56,72 @@ class Optimizers:
             torch.optim.AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
         ]
         if muon:  # scaled so that its updates have AdamW's size: one learning rate serves both
-            self.parts.append(torch.optim.Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        self.factor = 1.0
+        self.rates: Tensor | None = None  # (groups,)
+        device = next(model.parameters()).device
+        if device.type == "cuda" and not sharded(model):
+            self.keep_rates_on(device)
+
+    def _groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def keep_rates_on(self, device: torch.device) -> None:
+        """From now on the rates are read from memory of the device, and no step looks at anything."""
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # what AdamW computes with there
+        groups = self._groups()
+        self.rates = torch.zeros(len(groups), dtype=dtype, device=device)
+        for group, rate in zip(groups, self.rates.unbind(), strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = device.type == "cuda"
+        self.set_lr(self.factor)
 
     def set_lr(self, factor: float) -> dict[int, float]:
         """Sets every group to `factor` of its peak. Returns AdamW's learning rate of each stage."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = group["peak"] * factor
-        return {g["stage"]: g["lr"] for g in self.parts[0].param_groups if not g["router"]}
+        self.factor, groups = factor, self._groups()
+        now = [g["peak"] * factor for g in groups]
+        if self.rates is None:
+            for group, rate in zip(groups, now, strict=True):
+                group["lr"] = rate
+        else:
+            new = torch.tensor(now, dtype=self.rates.dtype)
+            self.rates.copy_(new.pin_memory() if self.rates.is_cuda else new, non_blocking=True)
+        return {g["stage"]: g["peak"] * factor for g in self.parts[0].param_groups if not g["router"]}
 
     def step(self, finite: Tensor) -> None:
         """One update, or none at all where `finite` () bool is false: on a CPU by looking, on a GPU without waiting."""
-        if finite.is_cuda:
+        if finite.is_cuda or self.rates is not None:
             self.step_without_waiting(finite)
         elif finite:
             for part in self.parts:
                 part.step()
 
-    @torch.no_grad()
     def step_without_waiting(self, finite: Tensor) -> None:
-        """`step` where nobody may look at `finite`: AdamW can skip by itself; Muon's updates are taken back."""
+        """`step` where nobody may look at `finite`: both optimisers can skip by themselves."""
+        skip = (~finite).float()
         for part in self.parts:
-            if isinstance(part, torch.optim.AdamW):
-                part.found_inf = (~finite).float()  # type: ignore[attr-defined]
-                part.step()
-            else:
-                _step_one_by_one(part, finite)
+            part.found_inf = skip  # type: ignore[attr-defined]
+            part.step()
+            del part.found_inf  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+        states = [part.state_dict() for part in self.parts]
+        for group in (g for s in states for g in s["param_groups"]):
+            group["lr"] = group["peak"] * self.factor  # a number, wherever it is kept
+        return states
 
     def load_state_dict(self, state: list[dict]) -> None:
         """Moments and step counts; rates and weight decay are what this run's config says."""
         for part, s in zip(self.parts, state, strict=True):
-            kept = [{k: g[k] for k in ("lr", "peak", "weight_decay")} for g in part.param_groups]
+            own_keys = ("lr", "peak", "weight_decay", "capturable")
+            kept = [{k: g[k] for k in own_keys if k in g} for g in part.param_groups]
             params = [p for g in part.param_groups for p in g["params"]]
             moments = {i: {k: spread_like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
             part.load_state_dict({**s, "state": moments})
             for group, own in zip(part.param_groups, kept, strict=True):
                 group.update(own)
-
-
-def _step_one_by_one(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step in which every parameter and its moments are as before where `finite` is false. One parameter at a time,
-    so that what is kept of before is never more than one of them."""
-    groups = optimizer.param_groups
-    try:
-        for group in groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                kept = {k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-                before = p.clone()
-                optimizer.param_groups = [{**group, "params": [p]}]
-                optimizer.step()
-                p.copy_(torch.where(finite, p, before))
-                for k, v in optimizer.state[p].items():
-                    if isinstance(v, Tensor):
-                        v.copy_(torch.where(finite, v, kept.get(k, torch.zeros_like(v))))
-    finally:
-        optimizer.param_groups = groups

@@ -4,7 +4,9 @@ import torch
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.chunk_lm import ChunkLM, ChunkLMConfig
 from hnet.model.parameters import stage_of, stage_parameters
+from hnet.train.clipping import AT_LEAST, Clipper
 from hnet.train.config import TrainConfig
+from hnet.train.muon import Muon
 from hnet.train.optim import Optimizers, decays, muon_parameters
 
 
@@ -126,3 +128,75 @@ def test_stepping_without_looking_is_the_same_step():
             (o.step_without_waiting if blind else o.step)(finite)
         models.append(list(small.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*models, strict=True))
+
+
+@pytest.mark.parametrize("rate", ["number", "memory"])
+def test_muon_is_pytorchs(rate):
+    """Ten steps of both on the same gradients, with decay and rates that change; torch.optim.Muon rounds elsewhere."""
+    torch.manual_seed(0)
+    start, results = [torch.randn(6, 10), torch.randn(12, 4)], []
+    for cls in (torch.optim.Muon, Muon):
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        own = rate == "memory" and cls is Muon
+        lr = torch.zeros((), dtype=torch.float64) if own else 0.0
+        o = cls(params, lr=lr, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        grads = torch.Generator().manual_seed(1)
+        for i in range(10):
+            if own:
+                lr.fill_(0.02 / (i + 1))
+            else:
+                o.param_groups[0]["lr"] = 0.02 / (i + 1)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=grads)
+            o.step()
+        results.append([*(p.detach() for p in params), *(o.state[p]["momentum_buffer"] for p in params)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_in_memory_are_the_same_rates(optimizer):
+    """On a CPU to the bit; and a checkpoint of one is a checkpoint of the other, the rates in it numbers."""
+    found = []
+    for in_memory in (False, True):
+        torch.manual_seed(0)
+        small = HNetForCausalLM(HNetConfig.preset("tiny"))
+        o = Optimizers(small, TrainConfig(optimizer=optimizer), [1.0, 2.0])
+        if in_memory:
+            o.keep_rates_on(torch.device("cpu"))
+            rates = [g["lr"] for part in o.parts for g in part.param_groups]
+        for i in range(4):
+            assert o.set_lr(0.5**i) == pytest.approx({0: 1e-3 * 0.5**i, 1: 2e-3 * 0.5**i})
+            for p in small.parameters():
+                p.grad = torch.randn_like(p)
+            o.step(torch.tensor(True))
+            o.load_state_dict(o.state_dict())
+        if in_memory:  # still the memory that a graph would know
+            assert all(g["lr"] is r for g, r in zip(o._groups(), rates, strict=True))
+        found.append((list(small.parameters()), o.state_dict()))
+    (a, first), (b, second) = found
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for x, y in zip(first, second, strict=True):
+        assert [g["lr"] for g in x["param_groups"]] == [g["lr"] for g in y["param_groups"]]
+        assert all(isinstance(g["lr"], float) for g in y["param_groups"])
+        for m, n in zip(x["state"].values(), y["state"].values(), strict=True):
+            assert all(torch.equal(m[k], n[k]) for k in m)
+
+
+def test_adaptive_clipping_begins_after_enough_norms():
+    """Against the percentile of the norms themselves; those that are not finite are left out."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    clipper = Clipper(TrainConfig(clipping="adaptive", max_grad_norm=1.0, clip_window=30), [[p]], torch.device("cpu"))
+    seen = []
+    for i in range(50):
+        norm = torch.inf if i == 5 else 2.0 + i % 7
+        p.grad = torch.tensor([norm, 0.0, 0.0])
+        limit = 1.0 if i < AT_LEAST else torch.tensor(seen[-30:]).nanquantile(0.9).item()
+        assert clipper.clip().item() == norm
+        if i != 5:
+            assert p.grad[0].item() == pytest.approx(min(limit, norm), rel=1e-5)
+        seen.append(torch.nan if i == 5 else norm)
+    again = Clipper(clipper.config, [[p]], torch.device("cpu"))
+    again.load_state_dict(clipper.state_dict())
+    assert again.count == 50
+    assert torch.equal(again.history.nan_to_num(-1), clipper.history.nan_to_num(-1))
