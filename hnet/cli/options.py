@@ -117,7 +117,7 @@ def _option(f: Any, aliases: list[str]) -> Callable:
     default = f.default_factory() if callable(f.default_factory) else f.default
     name = f"--{f.name.replace('_', '-')}"
     text = f.metadata["help"] + (f"  [default: {_show(default)}]" if default not in ("", []) else "")
-    if kind == "bool":
+    if kind in ("bool", "bool | str"):  # the latter: auto unless given
         return click.option(f"{name}/--no-{name[2:]}", f.name, default=None, help=text)
     choices = f.metadata["choices"]
     wanted = click.Choice(choices) if choices else _click_type(kind)

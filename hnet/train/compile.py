@@ -12,8 +12,16 @@ from torch import nn
 
 from hnet.model import attention, mamba2
 from hnet.model.isotropic import Block
+from hnet_kernels.dispatch import triton_error
 
 VARIANTS = 64  # of one function: letters x widths x (training, evaluation); PyTorch gives up at 8
+
+
+def compile_wanted(setting: bool | str, device: torch.device) -> bool:
+    """Whether to, for true, false or "auto": on a GPU where Triton is, which the compiler's kernels are written in."""
+    if setting == "auto":
+        return device.type == "cuda" and triton_error() is None
+    return bool(setting)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -27,16 +35,19 @@ def compile_blocks(model: nn.Module) -> None:
         if not hasattr(function, "_torchdynamo_orig_callable"):
             setattr(module, name, torch.compiler.disable(function))
     for block in [m for m in model.modules() if isinstance(m, Block)]:
-        block.forward = _forward(block.forward)  # type: ignore[method-assign]
+        rotary_dim = getattr(block.mixer, "rotary_dim", 0)
+        block.forward = _forward(block.forward, rotary_dim)  # type: ignore[method-assign]
 
 
-def _forward(eager: Callable) -> Callable:
+def _forward(eager: Callable, rotary_dim: int) -> Callable:
     compiled = torch.compile(eager, dynamic=True)
 
     def forward(x, residual, pack, cache=None, slots=None):
         if cache is not None:
             return eager(x, residual, pack, cache, slots)
         _ = pack.position, pack.seq_idx  # shared by all blocks of a stage: made here, not within a graph
+        if rotary_dim:
+            pack.rotary(rotary_dim)
         return compiled(x, residual, pack)
 
     return forward

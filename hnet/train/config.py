@@ -79,7 +79,9 @@ class TrainConfig(RunConfig):
         "parts a stream is read in, which the data order depends on; processes x workers should divide it",
         low=1,
     )
-    compile: bool = key(False, "torch.compile the blocks, shapes dynamic")
+    compile: bool | str = key(
+        "auto", "torch.compile the blocks, shapes dynamic: true, false, or auto, which does so on a GPU with Triton"
+    )
     recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)
     router_lr: float = key(
@@ -121,6 +123,7 @@ class TrainConfig(RunConfig):
         for name in ("ratio_weight", "lr_multipliers"):
             value = getattr(self, name)
             need(value == "auto" or not isinstance(value, str), name, "numeric, or auto")
+        need(self.compile in (True, False, "auto"), "compile", "true, false or auto")
         need(isinstance(self.ratio_weight, str) or self.ratio_weight >= 0, "ratio_weight", ">= 0 or auto")
         need(not self.d_model or bool(self.arch), "d_model", "left out unless arch is given")
         routed = self.model().num_stages - 1

@@ -41,7 +41,7 @@ from hnet.model.isotropic import Isotropic
 from hnet.model.parameters import stage_parameters
 from hnet.segment import boundaries, render_plain, render_rich
 
-from .compile import compile_blocks
+from .compile import compile_blocks, compile_wanted
 from .compression import Compression
 from .config import TrainConfig
 from .distributed import shard
@@ -76,7 +76,7 @@ class HNetTask:
         for m in self.model.modules():
             if isinstance(m, Isotropic):
                 m.recompute = config.recompute
-        if config.compile:
+        if compile_wanted(config.compile, device):
             compile_blocks(self.model)
         shard(self.model, config, world)
         self.stages = stage_parameters(self.model)

@@ -4,12 +4,11 @@ import math
 import pytest
 import torch
 
+from hnet.train.compile import compile_wanted
 from hnet.train.loop import Trainer
 from hnet.train.metrics import Reading
 
 from .test_distributed import found, job, run
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -21,6 +20,16 @@ def dynamo():
     torch._dynamo.reset()
 
 
+def test_auto_compiles_on_a_gpu_alone(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr("hnet.train.compile.triton_error", lambda: None)
+    assert [compile_wanted("auto", d) for d in (cuda, cpu)] == [True, False]
+    assert [compile_wanted(v, d) for v in (True, False) for d in (cuda, cpu)] == [True, True, False, False]
+    monkeypatch.setattr("hnet.train.compile.triton_error", lambda: "triton is not installed")
+    assert not compile_wanted("auto", cuda)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{}, {"recompute": True, "arch": "C1m1 T1", "d_model": [64, 96]}], ids=["", "more"])
 def test_compiled_blocks_train_alike_and_never_recompile(config, dynamo, change):
     config = dataclasses.replace(config, steps=12, dtype="fp32", warmup_steps=0, learning_rate=1e-4, **change)
@@ -39,11 +48,13 @@ def test_compiled_blocks_train_alike_and_never_recompile(config, dynamo, change)
     assert len(lengths) > 6  # inner stages of many lengths
 
 
+@pytest.mark.slow
 def test_samples_of_a_compiled_model(config, dynamo):
     trainer = Trainer(dataclasses.replace(config, compile=True, sample_bytes=8))
     assert "continuation of" in trainer.task.sample()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compiled_and_recomputed_in_two_processes(config, tmp_path, parallel):
     config = dataclasses.replace(
