@@ -52,6 +52,9 @@ class ChunkLMTask:
         self.losses: list[float] = []  # of this epoch, as far as printed
         self.unprinted: list[float] = []  # since the last line
 
+    def prepare(self, step: int) -> None:
+        pass
+
     def loss(self, model: nn.Module, batch: Windows, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         smoothing = self.config.label_smoothing if model.training else 0.0
         with self.autocast():

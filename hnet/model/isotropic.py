@@ -75,7 +75,8 @@ class Isotropic(nn.Module):
         residual = None
         for i, layer in enumerate(self.layers):
             if self.recompute and self.training:  # in the backward, instead of keeping what it computes
-                x, residual = checkpoint(layer, x, residual, pack, use_reentrant=False)
+                random = layer.dropout > 0  # else no state of a generator is kept, which a CUDA graph could not do
+                x, residual = checkpoint(layer, x, residual, pack, use_reentrant=False, preserve_rng_state=random)
             else:
                 x, residual = layer(x, residual, pack, None if cache is None else cache[i], slots)
         return self.rmsnorm(x, residual)[0]

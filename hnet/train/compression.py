@@ -43,6 +43,7 @@ class Compression:
             weight = auto_ratio_weight(sum(p.numel() for p in model.parameters()))
         self.base = float(weight)
         self.alpha = torch.full((len(self.stages),), self.base, device=device)
+        self.warm = torch.ones((), device=device)  # share of alpha while it warms up
         self.notch = 0
         self.at_limit: set[int] = set()  # stages whose bias has been reported
         self.plateau = ValidationPlateau(config.plateau_patience, config.plateau_cooldown, config.plateau_min_gain)
@@ -51,10 +52,14 @@ class Compression:
                 if s.logit_bias is None:
                     s.set_logit_bias(0.0)
 
-    def weights(self, step: int) -> Tensor:
-        """(stages,) weight of every stage's ratio loss"""
-        warmup = self.config.ratio_warmup
-        return self.alpha * min(1.0, (step + 1) / warmup) if warmup else self.alpha
+    def prepare(self, step: int) -> None:
+        """Before `step`: what a captured one reads from the device."""
+        if warmup := self.config.ratio_warmup:
+            self.warm.fill_(min(1.0, (step + 1) / warmup))
+
+    def weights(self) -> Tensor:
+        """(stages,) weight of every stage's ratio loss in the step that was prepared"""
+        return self.alpha * self.warm if self.config.ratio_warmup else self.alpha
 
     def targets(self, step: int) -> list[float]:
         """Positions per chunk to aim at now."""
@@ -82,7 +87,7 @@ class Compression:
                 s.logit_bias.sub_(torch.where(m.isfinite(), m, 0)).clamp_(-MAX_BIAS, MAX_BIAS)
         else:
             move = c.rate_gain * max(self.base, 1e-3) * (error.abs().clamp(max=1) - TOLERANCE)
-            self.alpha = (self.alpha + move.nan_to_num()).clamp(self.base, MOST * max(self.base, 1e-3))
+            self.alpha.add_(move.nan_to_num()).clamp_(self.base, MOST * max(self.base, 1e-3))
 
     def observe(self, val_ce: float) -> bool:
         """The cross entropy of an evaluation. With annealing by plateau: True if the target moved a notch."""
@@ -121,7 +126,7 @@ class Compression:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.alpha = state["alpha"].to(self.alpha.device)
+        self.alpha.copy_(state["alpha"])
         self.notch = state["notch"]
         self.plateau.load_state_dict(state["plateau"])
         for s, b in zip(self.stages, state["biases"], strict=True):

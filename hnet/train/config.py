@@ -82,6 +82,12 @@ class TrainConfig(RunConfig):
     compile: bool | str = key(
         "auto", "torch.compile the blocks, shapes dynamic: true, false, or auto, which does so on a GPU with Triton"
     )
+    cuda_graph: str = key(
+        "auto",
+        "replay the training step as one CUDA graph, which takes max_chunks: auto where it can be and pays, on (an "
+        "error where it cannot be), off",
+        choices=("auto", "on", "off"),
+    )
     recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)
     router_lr: float = key(

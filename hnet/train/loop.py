@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import hnet_kernels as hk
 from hnet.config.run import RunConfig
@@ -33,7 +32,9 @@ from hnet.model.score import bits_per_byte
 from hnet.plateau import ValidationPlateau
 
 from . import checkpoint, distributed
+from .capturable import capture
 from .clipping import Clipper
+from .device_step import DeviceStep
 from .guards import Guards
 from .journal import Journal
 from .metrics import Reading
@@ -58,6 +59,7 @@ class RunningStep:
     waited: float  # seconds for its data
     row: dict[str, Any]  # what it was trained at
     reading: Reading
+    told: dict[str, float]  # what the host knew already
 
 
 class Unanswered:
@@ -105,6 +107,8 @@ class Trainer:
         self.model = self.task.model
         self.optimizers = Optimizers(self.model, config, self.task.multipliers, getattr(config, "router_lr", 1.0))
         self.clipper = Clipper(config, self.task.stages, self.device)
+        self.device_step = DeviceStep(self.task, self.model, self.optimizers, self.clipper, self.world)
+        self.captured, self.not_captured = capture(config, self.device_step, self.device, self.world)
         self.schedule = make_schedule(config)
         self.plateau = ValidationPlateau(config.plateau_patience, config.plateau_cooldown, config.plateau_min_gain)
         self.guards = Guards(warmup=config.warmup, max_bad_steps=config.max_bad_steps, spike_factor=config.spike_factor)
@@ -118,13 +122,15 @@ class Trainer:
             "data": self.task.stream, "schedule": self.schedule, "plateau": self.plateau, "guards": self.guards,
             "stopping": self.stopping, "clipper": self.clipper, "unanswered": self.unanswered,
         }  # fmt: skip
+        if self.captured is not None:
+            parts["captured"] = self.captured
         self.state = RunState(config, self.world, self.device, self.task, self.optimizers, self.ema, parts)
         self.mark: float | None = None  # when the last step was finished; None after a pause
         self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
         if path := self.state.find(resume):
             self.state.load(path)
-        self.replica = distributed.replicate(self.model, config, self.world)
+        self.replica = self.device_step.replica = distributed.replicate(self.model, config, self.world)
         distributed.barrier(self.world)  # nobody writes before all have looked
 
     @property
@@ -145,45 +151,36 @@ class Trainer:
         if self.mark is None:
             self.mark = begin
         trained_at = self.task.trained_at(self.step)
-        batches = [next(self.task.stream).to(self.device) for _ in range(c.accumulation)]
+        batches = [next(self.task.stream) for _ in range(c.accumulation)]
         waited = time.perf_counter() - begin
-        mine = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
+        positions = sum(b.num_targets for b in batches)  # packs have one size: all processes have as many
         text = sum(b.num_bytes for b in batches)  # but not as many ends of documents
-        means: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            share = batch.num_targets / mine
-            with distributed.accumulating(self.replica, i < len(batches) - 1):
-                loss, scalars = self.task.loss(self.replica, batch, self.step)
-                (loss * share).backward()
-            for name, value in {"loss": loss, **scalars}.items():
-                value = value.detach().float() * share
-                means[name] = means[name] + value if name in means else value
-        vector = torch.stack(list(means.values()))
-        if self.world.size > 1:
-            vector = distributed.add_up(vector, self.world) / self.world.size
-            means = dict(zip(means, vector.unbind(), strict=True))
-        norms = self.clipper.clip()
-        total = torch.linalg.vector_norm(norms)
         factor = self.schedule.factor(self.step)
         rates = self.optimizers.set_lr(factor)
-        self.optimizers.step(finite=torch.isfinite(total) & torch.isfinite(means["loss"]))
-        self.optimizers.zero_grad()
+        self.task.prepare(self.step)
+        if self.captured is not None:
+            values = self.captured.run(batches, self.step)
+        else:
+            values = self.device_step.run([b.to(self.device) for b in batches], self.step)
+        names = self.device_step.names
         if self.ema is not None:
             self.ema.update()
-        self.task.after_step(self.step, means)
+        self.task.after_step(self.step, dict(zip(names, values.unbind(), strict=True)))
         self.state.step += 1
         row = {
             "step": self.step, "epoch": self.task.stream.epochs, "lr": c.learning_rate * factor,
             **{f"stage{i}/lr": rate for i, rate in rates.items()}, **trained_at,
         }  # fmt: skip
-        sums = [torch.full((), x, dtype=torch.float64, device=self.device) for x in (text, self.interrupted)]
-        names = [*means, *(f"stage{i}/grad_norm" for i in range(len(norms))), "grad_norm", "bytes", "stop"]
-        values = torch.cat([vector, norms, total[None], distributed.add_up(torch.stack(sums), self.world)])
-        return RunningStep(self.step, mine * self.world.size, waited, row, Reading(names, values))
+        told = {"bytes": float(text), "stop": float(self.interrupted)}
+        if self.world.size > 1:  # what each process knows is added up where they can
+            sums = [torch.full((), x, dtype=torch.float64, device=self.device) for x in told.values()]
+            values = torch.cat([values, distributed.add_up(torch.stack(sums), self.world)])
+            names, told = [*names, *told], {}
+        return RunningStep(self.step, positions * self.world.size, waited, row, Reading(names, values), told)
 
     def finish_step(self, running: RunningStep) -> dict[str, Any]:
         """The line of metrics.jsonl of a step, once its numbers have arrived."""
-        means = running.reading.read()
+        means = running.reading.read() | running.told
         now = time.perf_counter()
         took, self.mark = now - (now if self.mark is None else self.mark), now
         self.state.seconds += took
@@ -269,8 +266,13 @@ class Trainer:
             result = self.evaluate()
             journal.row({"step": 0, "bytes": 0, "time": 0.0, **result})
             journal.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
+        if self.not_captured:
+            message = f"the training step runs without a CUDA graph: {self.not_captured}"
+            journal.event(self.step, Event("not_captured", message))
         while self.step < c.steps and not self.stop:
             self.running.append(self.start_step())
+            while self.captured is not None and self.captured.events:
+                journal.event(self.step, self.captured.events.pop(0))
             if profiler is not None:
                 profiler.step()
             last = self.step == c.steps
@@ -342,6 +344,8 @@ class Trainer:
                 raise RunFailed(f"step {self.step}: {e.message}")
             if e.action == "rollback" and self.config.spike_rollback and (path := self.state.roll_back()):
                 self.guards.forget(self.step + 1)
+                if self.captured is not None:
+                    self.captured.forget()
                 self.schedule.cut *= self.config.spike_lr_cut
                 message = f"rolled back to the weights of {path.name}; learning rate x {self.schedule.cut:g}"
                 self.journal.event(self.step, Event("rollback", message))

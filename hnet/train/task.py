@@ -2,7 +2,9 @@
 
 model, stages, stream     the network, its parameters by stage, endless batches with an exact cursor
 multipliers               learning-rate factor of every stage
+prepare(step)             before a step starts: writes to the device what changes from step to step
 loss(model, batch, step)  what to minimise and () tensors to average over the step
+constants(step)           what loss took from the host that may change, if it is to be recorded (captured.py)
 after_step(step, means)   what moves after every step, on the device
 trained_at(step)          keys for metrics.jsonl of what a step is trained at, asked as it starts
 row(step, means)          more keys, from the averages as floats, once it is finished
@@ -18,7 +20,7 @@ state_dict, load_state_dict
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,12 @@ class HNetTask:
         self.compression = Compression(config, self.model)
         self.costs = stage_costs(self.model)
 
+    def prepare(self, step: int) -> None:
+        self.compression.prepare(step)
+
+    def constants(self, step: int) -> Hashable:
+        return tuple(self.compression.targets(step))
+
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         c, n = self.config, batch.targets.shape[0]
         alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
@@ -93,7 +101,7 @@ class HNetTask:
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
-            out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(step),
+            out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(),
             reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
         )  # fmt: skip

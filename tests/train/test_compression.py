@@ -25,7 +25,7 @@ def test_alpha_by_size():
 
 def test_alpha_warms_up(config):
     c, _ = make(config, ratio_weight=2.0, ratio_warmup=4)
-    assert [c.weights(s).item() for s in (0, 1, 3, 100)] == [0.5, 1.0, 2.0, 2.0]
+    assert [(c.prepare(s), c.weights().item())[1] for s in (0, 1, 3, 100)] == [0.5, 1.0, 2.0, 2.0]
 
 
 def test_targets_anneal_by_steps_and_by_plateau(config):
@@ -73,10 +73,10 @@ def test_the_bias_has_a_limit_and_says_so_once(config, F, limit):
 def test_alpha_grows_while_the_target_is_missed(config):
     c, _ = make(config, rate_control="alpha", compression=[4.0], ratio_weight=1.0, rate_gain=0.1, steps=100)
     c.after_step(0, torch.tensor([0.375]))  # 50 % off
-    assert c.weights(0).item() == pytest.approx(1 + 0.1 * 0.48)
+    assert c.weights().item() == pytest.approx(1 + 0.1 * 0.48)
     for s in range(1, 40):
         c.after_step(s, torch.tensor([0.25]))
-    assert c.weights(0).item() == 1  # never below its start
+    assert c.weights().item() == 1  # never below its start
 
 
 @pytest.mark.slow
