@@ -221,8 +221,7 @@ def add(path: Path, rows: list[dict], device: str = "cpu") -> None:
         if all(there.get(name) == here.get(name) for name in ("gpu", "torch", "triton")):
             measured = {labels(row) for row in rows}
             rows = [row for row in before["rows"] if labels(row) not in measured] + rows
-            if here["command"] not in there["command"].split("; "):
-                here["command"] = f"{there['command']}; {here['command']}"
+            here["command"] = "; ".join(dict.fromkeys([*there["command"].split("; "), here["command"]]))
     write(path, here, rows)
 
 

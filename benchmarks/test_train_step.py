@@ -67,7 +67,6 @@ CASES = [  # the most telling first
     steps.Case("laptop", 32768, 1024, [4.0]),
     steps.Case("hnet_1stage_L", 32768, 8192, [6.0]),
 ]
-HAS_GRAPHS = "cuda_graph" in {f.name for f in dataclasses.fields(TrainConfig)}
 TINY = steps.Case("tiny", 512, 128, [3.0])
 ON = [pytest.param("cpu", TINY, id="cpu"), *(pytest.param("cuda", c, id=str(c), marks=pytest.mark.gpu) for c in CASES)]
 
@@ -86,7 +85,7 @@ def contenders(hnet: TrainConfig, isotropic: TrainConfig, large: bool) -> dict[s
     }
     kept = ("eager", "compiled", "captured, compiled", "isotropic, captured, compiled") if large else tuple(forms)
     return {
-        name: dataclasses.replace(config, compile=compiled, **({"cuda_graph": graph} if HAS_GRAPHS else {}))
+        name: dataclasses.replace(config, compile=compiled, cuda_graph=graph)
         for name, (config, compiled, graph) in forms.items()
         if name in kept
     }
@@ -103,7 +102,7 @@ def test_forms_of_the_step(smoke, keep_row, tmp_path, device, case):
     found: dict[str, steps.Steps] = {}
     left_out: dict[str, str] = {}
     for name, config in contenders(**steps.prepare(tmp_path, case, device), large=large).items():
-        if device == "cpu" and (config.compile or getattr(config, "cuda_graph", "off") == "on"):
+        if device == "cpu" and (config.compile or config.cuda_graph == "on"):
             left_out[name] = "needs a GPU"
             continue
         try:

@@ -1,5 +1,6 @@
 """The clock and the bookkeeping of the benchmarks; a card with a known clock stands in for a GPU."""
 
+import json
 import types
 
 import pytest
@@ -87,6 +88,30 @@ def test_results_say_where_they_come_from(monkeypatch):
     assert (machine["gpu"], machine["driver"], machine["multiprocessors"]) == ("Some GPU", "1.2", 3)
     assert {"cuda", "triton", "torch", "python", "date", "command"} <= set(machine)
     assert "gpu" not in harness.machine("cpu")
+
+
+def measured(op, seconds, **labels):
+    return {"op": op, "T": 10, "direction": "forward", **labels, "ours": "ours", "seconds": {"ours": seconds}}
+
+
+def test_rows_are_added_to_those_of_other_benchmarks(tmp_path, monkeypatch):
+    here = {"gpu": "Some GPU", "torch": "2", "triton": "3", "date": "today", "command": "pytest a"}
+    monkeypatch.setattr(harness, "machine", lambda device: dict(here))
+    path = tmp_path / "some-gpu.json"
+    harness.add(path, [measured("route", 1.0), measured("pool", 2.0)], "cuda")
+    here["command"] = "pytest b"
+    harness.add(path, [measured("route", 3.0), measured("route", 4.0, T=20)], "cuda")
+    harness.add(path, [measured("pool", 2.5, direction="backward")], "cuda")
+    found = json.loads(path.read_text())
+    seconds = [(r["op"], r["T"], r["direction"], r["seconds"]["ours"]) for r in found["rows"]]
+    assert seconds == [
+        ("pool", 10, "forward", 2.0), ("route", 10, "forward", 3.0), ("route", 20, "forward", 4.0),
+        ("pool", 10, "backward", 2.5),
+    ]  # fmt: skip
+    assert found["machine"]["command"] == "pytest a; pytest b"
+    here["torch"] = "2.1"  # numbers of another version stand in no table with these
+    harness.add(path, [measured("ema", 5.0)], "cuda")
+    assert [r["op"] for r in json.loads(path.read_text())["rows"]] == ["ema"]
 
 
 def test_driver_version_of_a_machine_without_a_driver(monkeypatch):

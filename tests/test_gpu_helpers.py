@@ -1,10 +1,14 @@
 """What the tests in tests/gpu stand on, exercised on the CPU: a check that cannot run here must at least be able to."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import hnet_kernels as hk
 from benchmarks import launches
+from benchmarks.harness import Pass
 
 from .gpu import model_checks, small_run, test_compile, test_large
 from .gpu.stage import LENGTHS, assert_same, make_stage, round_trip
@@ -83,6 +87,41 @@ def test_kernels_are_told_from_host_events():
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     events = [Event("b", cuda, 2), Event("launch", cpu, 0), Event("a", cuda, 1), Event("range", cuda, 0, True)]
     assert launches.kernel_names(events) == ["a", "b"]
+
+
+def test_a_pass_as_two_graphs(monkeypatch):
+    """torch.cuda recorded in its place: what runs inside of which graph, and what a replay starts."""
+    ran, open_graph, made = [], [None], iter(["forward graph", "backward graph"])
+
+    class Graph:
+        def __init__(self):
+            self.name = next(made)
+
+        def pool(self):
+            return f"memory of {self.name}"
+
+        def replay(self):
+            ran.append(("replay", self.name))
+
+    @contextlib.contextmanager
+    def graph(into, pool=None):
+        open_graph[0] = (into.name, pool)
+        yield
+        open_graph[0] = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    run = Pass(lambda i: ran.append(("forward", open_graph[0])), lambda i, out: ran.append(("backward", open_graph[0])))
+    replays = launches.replayed(run, warmup=1)
+    captured = [("forward", ("forward graph", None)), ("backward", ("backward graph", "memory of forward graph"))]
+    assert ran == [("forward", None), ("backward", None), *captured]
+    ran.clear()
+    replays.backward(0, replays.forward(0))
+    assert ran == [("replay", "forward graph"), ("replay", "backward graph")]
 
 
 def test_small_run():
