@@ -112,7 +112,7 @@ parts=()
 if [ -n "${REHEARSE:-}" ]; then BUDGET=${BUDGET:-100000} PATIENCE=${PATIENCE:-4}; fi # here are fewer cores
 case ${1:-} in
   versions | build | ncu) "$1"; exit ;;
-  part1 | part2 | part3) parts=("$1") BUDGET=${BUDGET:-470} ;;
+  part1 | part2 | part3) parts=("$1") BUDGET=${BUDGET:-460} ;;
   all) parts=(part1 part2 part3) BUDGET=${BUDGET:-100000} PATIENCE=${PATIENCE:-4} ;;
   *) usage ;;
 esac
