@@ -102,6 +102,7 @@ def test_resumed_in_the_middle(config):
     same_runs(Path(config.out), Path(off(config).out))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_with_and_without(config):
     """Recorded up to step 5, then not; and the other way around."""
     first, second = (dataclasses.replace(config, steps=5, schedule="constant", cuda_graph=c) for c in ("on", "off"))
@@ -166,6 +167,7 @@ def test_more_sequences_than_there_was_room_for(config, recorder, monkeypatch):
     assert ["up to 4 sequences" in rooms[0], "up to 16 sequences" in rooms[1]] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_target_that_moves_is_recorded_anew(config, recorder):
     config = dataclasses.replace(
         config, compression=[4.0], compression_start=[2.0], compression_notches=1, compression_anneal="plateau",

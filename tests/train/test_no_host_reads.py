@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def make_task(config, **change) -> HNetTask:
-    config = dataclasses.replace(config, accumulation=2, **change).validate()
+    config = dataclasses.replace(config, **change).validate()
     return HNetTask(config, torch.device("cpu"), nullcontext, World(0, 1, 0))
 
 
@@ -61,12 +61,12 @@ def make_step(task: HNetTask, device: str) -> tuple[DeviceStep, list[Batch]]:
     return DeviceStep(task, task.model, optimizers, Clipper(config, task.stages, here), World(0, 1, 0)), batches
 
 
-def run_pretended(task: HNetTask, monkeypatch) -> list[torch.Tensor]:
-    """Two steps, the second with moments, of a bf16 model on what passes for a GPU."""
+def run_pretended(task: HNetTask, monkeypatch, steps: int = 1) -> list[torch.Tensor]:
+    """Steps of a bf16 model on what passes for a GPU."""
     with pretended_gpu(monkeypatch):
         step, batches = make_step(task, "meta")
         with NoHostReads():
-            return [step.run(batches, 0) for _ in range(2)]
+            return [step.run(batches, 0) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -79,7 +79,9 @@ def test_a_step_on_a_pretended_gpu(config, model, optimizer, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_step_with_options_on_a_pretended_gpu(config, options, monkeypatch):
-    run_pretended(make_task(config, **MODELS["two stages"], **OPTIONS[options]), monkeypatch)
+    """Of two micro-batches, twice: then there are moments."""
+    task = make_task(config, accumulation=2, **MODELS["two stages"], **OPTIONS[options])
+    run_pretended(task, monkeypatch, steps=2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
