@@ -57,7 +57,7 @@ class Scripted(torch.nn.Module):
         return type("Out", (), {"logits": logits})
 
     def step(self, ids, cache, slots):
-        return self._logits(slots.tolist()), []
+        return self._logits(slots), []
 
 
 def test_stops_at_eos_without_yielding_it():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hnet.chunk_lm.model import ChunkLM
 from hnet.errors import UserError
-from hnet.generate.sampling import SamplingConfig, sample
+from hnet.generate.sampling import SamplingConfig, read_bytes, sample
 
 
 def generate(
@@ -72,7 +72,7 @@ def _generate(
             logits = reader.read(new)[:left]
         new = b""
         for row in logits:  # the penalty sees the bytes of this very chunk
-            new += bytes([int(sample(row[None], config, [recent + new], generator))])
+            new += bytes(read_bytes(sample(row[None], config, [recent + new], generator)))
         recent = (recent + new)[-max(config.repetition_window, 1) :]
         left -= len(new)
         yield new

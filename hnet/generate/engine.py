@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hnet.config import BOS, EOS
 from hnet.errors import UserError
+from hnet.model.cache import upload
 from hnet.model.causal_lm import HNetForCausalLM
 
-from .sampling import SamplingConfig, sample
+from .sampling import SamplingConfig, read_bytes, sample
 
 
 def encode(prompt: str | bytes) -> bytes:
@@ -23,7 +24,9 @@ def encode(prompt: str | bytes) -> bytes:
 
 def without_bos(logits: Tensor) -> Tensor:
     """(n, vocab) logits, a copy in which BOS is impossible."""
-    return logits.index_fill(-1, torch.tensor([BOS], device=logits.device), float("-inf"))
+    logits = logits.clone()
+    logits[:, BOS] = float("-inf")
+    return logits
 
 
 def stream(
@@ -61,12 +64,14 @@ def stream(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     texts = [encode(p) for p in prompts]
     cache = model.allocate_cache(len(texts), max(map(len, texts)) + max_new_bytes)
-    packed = torch.tensor(list(b"".join(texts)), device=device)
-    cu = torch.tensor([0, *map(len, texts)], device=device).cumsum(0).to(torch.int32)
+    packed = upload(list(b"".join(texts)), device)
+    cu = upload([0, *map(len, texts)], device).cumsum(0).to(torch.int32)
     logits = model.prefill(packed, cu, cache).logits[cu[1:].long() - 1]
     active = list(range(len(texts)))
     for i in range(max_new_bytes):
-        chosen = sample(without_bos(logits), config, [texts[n] for n in active], generator).tolist()
+        chosen = read_bytes(sample(without_bos(logits), config, [texts[n] for n in active], generator))
+        if min(chosen) < 0:
+            raise RuntimeError("the model's logits are not finite: it cannot be sampled")
         keep = [row for row, byte in enumerate(chosen) if not (stop_at_eos and byte == EOS)]
         active, chosen = [active[row] for row in keep], [chosen[row] for row in keep]
         for n, byte in zip(active, chosen, strict=True):
@@ -75,8 +80,7 @@ def stream(
             yield dict(zip(active, chosen, strict=True))
         if not active or i == max_new_bytes - 1:
             return
-        slots = torch.tensor(active, device=device)
-        logits, _ = model.step(torch.tensor(chosen, device=device), cache, slots)
+        logits, _ = model.step(upload(chosen, device), cache, active)
 
 
 def generate(

@@ -35,7 +35,8 @@ class SamplingConfig:
 def sample(
     logits: Tensor, config: SamplingConfig, recent: list[bytes], generator: torch.Generator | None = None
 ) -> Tensor:
-    """(n, vocab) logits -> (n,) int64. `recent` holds each row's last bytes, for the repetition penalty."""
+    """(n, vocab) logits -> (n,) int64. `recent` holds each row's last bytes, for the repetition penalty. Waits for no
+    GPU: -1 where a row holds what is no number, for which torch.multinomial would look twice."""
     logits = logits.float()
     if config.repetition_penalty > 1:
         logits = penalise(logits, config, recent)
@@ -44,7 +45,20 @@ def sample(
     probs = torch.softmax(logits / config.temperature, -1)
     if config.top_p < 1:
         probs = nucleus(probs, config.top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    noise = torch.empty_like(probs).exponential_(1, generator=generator)  # as torch.multinomial draws one, bit for bit
+    return torch.where(probs.isfinite().all(-1), (probs / noise).argmax(-1), -1)
+
+
+def read_bytes(chosen: Tensor) -> list[int]:
+    """What `sample` chose, on the host: the one wait for it.
+
+    Raises:
+        RuntimeError: the logits of a row were not finite.
+    """
+    values = chosen.tolist()
+    if min(values, default=0) < 0:
+        raise RuntimeError("the model's logits are not finite: there is nothing to sample")
+    return values
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
@@ -60,6 +74,7 @@ def penalise(logits: Tensor, config: SamplingConfig, recent: list[bytes]) -> Ten
     for row, text in enumerate(recent):
         window = text[-config.repetition_window :] if config.repetition_window else b""
         seen[row, list(set(window))] = True
-    seen = seen.to(logits.device)
+    if logits.is_cuda:
+        seen = seen.pin_memory().to(logits.device, non_blocking=True)
     lowered = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
     return torch.where(seen, lowered, logits)

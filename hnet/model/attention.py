@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import AttentionCache, allocate_kv, write_kv
+from .cache import AttentionCache, Rows, allocate_kv, write_kv
 from .pack import Pack, rotary
 
 
@@ -48,32 +48,38 @@ class CausalAttention(nn.Module):
         keep = (
             (pack.position >= (length - cache.capacity)[pack.seq_idx.long().clamp(max=pack.N - 1)]).nonzero().flatten()
         )
-        write_kv(cache, k[keep], v[keep], slots[pack.seq_idx[keep].long()], pack.position[keep].long())
-        cache.length[slots] = length
+        at = pack.position[keep].long() % cache.capacity
+        write_kv(cache, k[keep], v[keep], slots[pack.seq_idx[keep].long()], at)
 
-    def step(self, x: Tensor, cache: AttentionCache, slots: Tensor) -> Tensor:
-        """One new position for each slot: x (n, d_model)."""
-        at = cache.length[slots]
-        qk, v = self.qkv(x, at)
+    def step(self, x: Tensor, cache: AttentionCache, rows: Rows) -> Tensor:
+        """One new position for each slot: x (n, d_model). Every row of the cache is attended to, the unwritten ones
+        under a mask, so that shapes change only when the cache grows."""
+        qk, v = self.Wqkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim).split([2, 1], dim=1)
+        if self.rotary_dim:
+            tables = rows.shared(("rotary", self.rotary_dim), lambda: rotary(rows.position, self.rotary_dim))
+            qk = rotate(qk, *tables)
         q, k = qk.unbind(1)
-        longest = int(at.max()) + 1
-        cache.reserve(longest)
-        write_kv(cache, k, v, slots, at)
-        cache.length[slots] = at + 1
-        used = min(longest, cache.capacity)
-        if len(slots) == len(cache.length):  # every slot: the queries go to their keys, which are not copied
-            q = torch.empty_like(q).index_copy_(0, slots, q)
-            out = self._attend(q, cache.k[:, :used], cache.v[:, :used], cache.length)[slots]
+        size = cache.capacity
+        write_kv(cache, k, v[:, 0], rows.slots, rows.shared(("ring", size), lambda: rows.position % size))
+        seen = rows.shared(("seen", size), lambda: _seen(rows, size))
+        if rows.order == "all":  # the queries go to their keys, which are not copied
+            q = torch.empty_like(q).index_copy_(0, rows.slots, q)
+            out = self._attend(q, cache.k, cache.v, seen)[rows.slots]
         else:
-            out = self._attend(q, cache.k[slots, :used], cache.v[slots, :used], at + 1)
+            out = self._attend(q, rows.take(cache.k), rows.take(cache.v), seen)
         return self.out_proj(out.reshape(x.shape).to(x.dtype))
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-        """One query a sequence, q (n, heads, width), against its first `length` keys (of a full ring: all)."""
-        seen = torch.arange(k.shape[1], device=q.device) < length[:, None]
+    def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """One query a sequence, q (n, heads, width), against its keys k, v (n, capacity, heads, width)."""
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q[:, :, None].to(k.dtype), k, v, attn_mask=seen[:, None, None, :])
+        return F.scaled_dot_product_attention(q[:, :, None].to(k.dtype), k, v, attn_mask=seen)
+
+
+def _seen(rows: Rows, capacity: int) -> Tensor:
+    """(n, 1, 1, capacity) bool: the rows of a cache that were written, the new position's too; of a full ring all."""
+    before = rows.length if rows.order == "all" else rows.position
+    return (torch.arange(capacity, device=before.device) <= before[:, None])[:, None, None]
 
 
 # --- rotary -------------------------------------------------------------------------------------------------------

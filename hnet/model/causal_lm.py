@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import hnet_kernels as hk
 from hnet.config import HNetConfig
 
-from .cache import HNetCache
+from .cache import HNetCache, run_directly, upload
 from .checkpoint_format import find_config, find_weights, load_state, read_weights, save_pretrained
+from .decode_graphs import EXACT, Graphs
 from .hnet import HNet
 from .isotropic import Block
 from .pack import Pack
@@ -145,60 +146,75 @@ class HNetForCausalLM(nn.Module):
 
     # --- decoding -------------------------------------------------------------------------------------------------
 
-    def allocate_cache(self, batch_size: int, max_length: int) -> HNetCache:
-        """An empty cache of `batch_size` slots for sequences of up to `max_length` bytes."""
-        length = torch.zeros(batch_size, dtype=torch.int64, device=self.embeddings.weight.device)
-        return HNetCache(self.backbone.allocate_cache(batch_size, max_length), length, max_length)
+    def allocate_cache(self, batch_size: int, max_length: int, graphs: bool | Graphs | None = None) -> HNetCache:
+        """An empty cache of `batch_size` slots for sequences of up to `max_length` bytes.
+
+        graphs: decode with CUDA graphs (`hnet.model.decode_graphs`). Default: where the model is on a GPU.
+        """
+        if graphs is None:
+            graphs = self.embeddings.weight.is_cuda
+        run = Graphs() if graphs is True else graphs
+        spare = 1 if run and batch_size > EXACT else 0
+        root = self.backbone.allocate_cache(batch_size + spare, max_length)
+        return HNetCache(root, batch_size, max_length, run or run_directly)
 
     @torch.inference_mode()
     def prefill(
-        self, input_ids: Tensor, cu_seqlens: Tensor, cache: HNetCache, slots: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        cache: HNetCache,
+        slots: Tensor | Sequence[int] | None = None,
     ) -> CausalLMOutput:
         """Run packed prompts, each into a fresh slot of the cache (default: slots 0..N-1 in order).
 
         Args:
             input_ids: (T,) int64; cu_seqlens: (N+1,) int32, no prompt empty.
+            slots: as in `step`.
         Returns:
             As `forward`, for all T positions.
         Raises:
             ValueError: an empty prompt, one longer than the cache, more prompts than slots, a slot that is not there
                 or named twice.
         """
-        lengths = cu_seqlens.diff()
-        if input_ids.dim() != 1 or (lengths <= 0).any() or cu_seqlens[-1] != input_ids.shape[0]:
+        cu = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+        if input_ids.dim() != 1 or not all(n > 0 for n in lengths) or cu[-1] != input_ids.shape[0]:
             raise ValueError("prefill takes packed prompts (T,) with cu_seqlens (N+1,) from 0 to T, none of them empty")
-        if int(lengths.max()) > cache.max_length:
-            raise ValueError(f"a prompt of {int(lengths.max())} bytes does not fit a cache of {cache.max_length}")
-        if len(lengths) > len(cache.length) or (slots is not None and slots.shape != lengths.shape):
-            raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {len(cache.length)}")
-        slots = torch.arange(len(lengths), device=input_ids.device) if slots is None else cache.checked(slots)
+        if max(lengths, default=0) > cache.max_length:
+            raise ValueError(f"a prompt of {max(lengths)} bytes does not fit a cache of {cache.max_length}")
+        named = cache.checked(range(min(len(lengths), cache.size)) if slots is None else slots)
+        if len(named) != len(lengths):
+            raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {cache.size}")
+        places = upload(named, input_ids.device)
         pack = Pack(cu_seqlens, input_ids.shape[0])
-        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, slots, input_ids)
-        cache.length[slots] = lengths.long()
+        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, places, input_ids)
+        for stage, ends in zip(cache.root.stages(), [cu_seqlens, *(r.cu_chunks for r in routing)], strict=True):
+            stage.filled(named, places, ends.diff())
         return CausalLMOutput(self.lm_head(x), routing)
 
     @torch.inference_mode()
-    def step(self, input_ids: Tensor, cache: HNetCache, slots: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Feed one byte to each slot.
+    def step(
+        self, input_ids: Tensor, cache: HNetCache, slots: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Feed one byte to each slot. On a GPU the host waits for it once for each stage with routing that runs: for
+        the outermost at every byte, for the next where that one begins a chunk.
 
         Args:
-            input_ids: (n,) int64; slots: (n,) int64, distinct, in any order. Default: all, in order.
+            input_ids: (n,) int64, on the device of the model; slots: distinct, in any order, integers or (n,) int64 on
+                the CPU (on a GPU one more wait). Default: all, in order.
         Returns:
-            logits (n, vocab), and for each stage with routing the (rows,) bool mask of boundaries; a stage's rows are
-            those where the stage outside it fired.
+            logits (n, vocab), and for each stage with routing the (rows,) bool mask of boundaries, on the CPU; a
+            stage's rows are those where the stage outside it fired.
         Raises:
             ValueError: a slot is full, named twice or not there, or input_ids does not match the slots.
         """
-        everyone = torch.arange(len(cache.length), device=input_ids.device)
-        slots = everyone if slots is None else cache.checked(slots)
-        if input_ids.shape != slots.shape:
-            raise ValueError(
-                f"input_ids must be one byte a slot, shape {tuple(slots.shape)}, got {tuple(input_ids.shape)}"
-            )
-        if int(cache.length[slots].max()) >= cache.max_length:
+        named = cache.checked(slots)
+        if input_ids.shape != (len(named),):
+            raise ValueError(f"input_ids must be one byte a slot, shape ({len(named)},), got {tuple(input_ids.shape)}")
+        if max(cache.root.seen[s] for s in named) >= cache.max_length:
             raise ValueError(f"a slot has reached the cache's max_length, {cache.max_length}")
-        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, slots, input_ids)
-        cache.length[slots] += 1
+        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, named, input_ids, cache.run)
         return self.lm_head(x), masks
 
     # --- files ----------------------------------------------------------------------------------------------------

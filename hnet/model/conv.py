@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ConvCache
+from .cache import ConvCache, Rows
 from .pack import Pack
 
 
@@ -29,9 +29,10 @@ class GatedConv(nn.Module):
     def allocate_cache(self, batch: int, max_length: int) -> ConvCache:
         return ConvCache(self.in_proj.weight.new_zeros(batch, self.conv1d.kernel_size - 1, self.d_model))
 
-    def step(self, x: Tensor, cache: ConvCache, slots: Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: ConvCache, rows: Rows) -> Tensor:
         u, g = self.in_proj(x).chunk(2, dim=-1)
-        out, cache.tail[slots] = self.conv1d.step(u, cache.tail[slots])
+        out, tail = self.conv1d.step(u, rows.take(cache.tail))
+        rows.put(cache.tail, tail)
         return self.out_proj(out * F.silu(g))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import hnet_kernels as hk
 from hnet.config import HNetConfig
 
-from .cache import RouteCache, StageCache
+from .cache import RouteCache, Rows, StageCache, allocate_stage, run_directly, upload
 from .fork import fork
 from .isotropic import Isotropic
 from .pack import Pack
@@ -64,6 +65,9 @@ class HNet(nn.Module):
             return x
         return torch.cat([x, self.pad_dimension.to(x.dtype).expand(x.shape[0], -1)], dim=-1)
 
+    def _narrow(self, x: Tensor) -> Tensor:
+        return x if self.pad_dimension is None else x[:, : x.shape[1] - len(self.pad_dimension)]
+
     def _residual(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.residual_proj(x.to(self.residual_proj.weight.dtype))
@@ -78,10 +82,9 @@ class HNet(nn.Module):
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[hk.Routing]]:
         """input_ids (T,): the bytes of the outermost stage, asked for where boundaries keep to characters."""
-        width = x.shape[-1]
         x = self._widen(x)
         if self.innermost:
-            return self.main_network(x, pack, cache and cache.layers, slots)[:, :width], []
+            return self._narrow(self.main_network(x, pack, cache and cache.layers, slots)), []
 
         x = self.encoder(x, pack, cache and cache.layers, slots)
         router = self.routing_module
@@ -101,55 +104,94 @@ class HNet(nn.Module):
             if self.boundaries == "char-end" and input_ids is not None:
                 cache.route.tail[slots] = last_bytes(input_ids, pack)
         x = self.decoder(y, pack, cache and cache.decoder, slots)
-        return x[:, :width], [r, *routings]
+        return self._narrow(x), [r, *routings]
+
+    # --- decoding -------------------------------------------------------------------------------------------------
 
     def step(
-        self, x: Tensor, cache: StageCache, slots: Tensor, input_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: StageCache,
+        named: list[int],
+        input_ids: Tensor | None = None,
+        run: Callable[..., tuple[Tensor, ...]] = run_directly,
     ) -> tuple[Tensor, list[Tensor]]:
-        """One new position for each slot: x (n, width). Also returns each stage's boundary mask (of its own rows)."""
-        width = x.shape[-1]
-        x = self._widen(x)
-        if self.innermost:
-            return self.main_network.step(x, cache.layers, slots)[:, :width], []
+        """One new position for each of the slots `named`: x (n, width). Also returns each stage's boundary mask (of its
+        own rows) on the CPU, where the step had to look at it: this stage's mask is its one look at the device.
 
+        `run(piece, cache, rows, *tensors)` runs what lies before, inside and after such a look: shapes depend on the
+        number of rows and the capacity of the cache, and nothing in a piece waits for the device.
+        """
+        rows = cache.rows(named)
+        if self.innermost:
+            (x,) = run(self._step_innermost, cache, rows, x)
+            cache.advanced(named)
+            return x, []
+        ids = () if self.boundaries == "any" or input_ids is None else (input_ids,)
+        x, residual, prob, mask = run(self._step_to_boundary, cache, rows, x, *ids)
+        fired = mask.tolist()
+        z, inner_masks = x, []  # of rows without a boundary, z is not read
+        inside = [s for s, f in zip(named, fired, strict=True) if f]
+        if len(inside) == len(named):
+            z, inner_masks = self.main_network.step(x, cache.inner, inside, None, run)
+        elif inside:
+            index = upload([i for i, f in enumerate(fired) if f], x.device)
+            some, inner_masks = self.main_network.step(x[index], cache.inner, inside, None, run)
+            z = x.index_copy(0, index, some.to(x.dtype))
+        (x,) = run(self._step_from_chunk, cache, rows, z.to(x.dtype), prob, mask, residual)
+        cache.advanced(named)
+        return x, [torch.tensor(fired), *inner_masks]
+
+    def _step_innermost(self, cache: StageCache, rows: Rows, x: Tensor) -> tuple[Tensor]:
+        x = self._narrow(self.main_network.step(self._widen(x), cache.layers, rows))
+        rows.advance()
+        return (x,)
+
+    def _step_to_boundary(
+        self, cache: StageCache, rows: Rows, x: Tensor, input_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encoder and routing. Returns x and residual (n, d_model), boundary probability and mask (n,)."""
         state = cache.route
         assert state is not None
-        x = self.encoder.step(x, cache.layers, slots)
-        residual = self._residual(x)
+        x = self.encoder.step(self._widen(x), cache.layers, rows)
         q, k = self.routing_module.q_proj_layer(x), self.routing_module.k_proj_layer(x)
         allowed = None
-        if self.boundaries != "any" and input_ids is not None:
-            recent = torch.cat([state.tail[slots], input_ids[:, None].to(torch.uint8)], 1)
+        if input_ids is not None:
+            recent = torch.cat([rows.take(state.tail), input_ids[:, None].to(torch.uint8)], 1)
             allowed = starts_character(recent[:, 3]) if self.boundaries == "char-start" else ends_character(recent)
-            state.tail[slots] = recent[:, 1:]
+            rows.put(state.tail, recent[:, 1:])
         prob, mask, _ = hk.route_step(
-            state.q_last[slots].to(q.dtype), k, is_first=~state.seen[slots], logit_bias=self.logit_bias,
+            rows.take(state.q_last).to(q.dtype), k, is_first=rows.position == 0, logit_bias=self.logit_bias,
             candidates=allowed,
         )  # fmt: skip
-        state.q_last[slots] = q.to(state.q_last.dtype)
-        state.seen[slots] = True
+        rows.put(state.q_last, q)
+        return x, self._residual(x), prob, mask
 
-        fired = mask.nonzero().flatten()
-        z, inner_masks = torch.zeros_like(x), []
-        if len(fired):
-            z[fired], inner_masks = self.main_network.step(x[fired], cache.inner, slots[fired])
-        y, state.ema[slots] = hk.dechunk_step(z, prob, mask, state.ema[slots], residual)
-        return self.decoder.step(y, cache.decoder, slots)[:, :width], [mask, *inner_masks]
+    def _step_from_chunk(
+        self, cache: StageCache, rows: Rows, z: Tensor, prob: Tensor, mask: Tensor, residual: Tensor
+    ) -> tuple[Tensor]:
+        """Dechunk and decoder; z (n, d_model), read where mask is true."""
+        assert cache.route is not None
+        y, ema = hk.dechunk_step(z, prob, mask, rows.take(cache.route.ema), residual)
+        rows.put(cache.route.ema, ema)
+        x = self._narrow(self.decoder.step(y, cache.decoder, rows))
+        rows.advance()
+        return (x,)
 
     def allocate_cache(self, batch: int, max_length: int) -> StageCache:
         inner = self.main_network.allocate_cache(batch, max_length)
+        device = next(self.parameters()).device
         if self.innermost:
-            return StageCache(inner, [])
+            return allocate_stage(batch, inner, [], None, None, device)
         w = self.routing_module.q_proj_layer.weight
         d = w.shape[0]
         route = RouteCache(
             w.new_zeros(batch, d),
-            torch.zeros(batch, dtype=torch.bool, device=w.device),
             w.new_zeros(batch, d, dtype=torch.float32),
-            torch.zeros(batch, 3, dtype=torch.uint8, device=w.device),
+            torch.zeros(batch, 3, dtype=torch.uint8, device=device),
         )
-        decoder = self.decoder.allocate_cache(batch, max_length)
-        return StageCache(self.encoder.allocate_cache(batch, max_length), decoder, route, inner)
+        encoder, decoder = (part.allocate_cache(batch, max_length) for part in (self.encoder, self.decoder))
+        return allocate_stage(batch, encoder, decoder, route, inner, device)
 
 
 # --- boundaries between characters -----------------------------------------------------------------------------------
@@ -195,6 +237,5 @@ def last_bytes(input_ids: Tensor, pack: Pack) -> Tensor:
 def remember(cache: RouteCache, q: Tensor, z: Tensor, r: hk.Routing, pack: Pack, slots: Tensor) -> None:
     """The state after the last position of each sequence; no sequence is empty."""
     cache.q_last[slots] = q[pack.cu_seqlens[1:].long() - 1].to(cache.q_last.dtype)
-    cache.seen[slots] = True
     p = r.boundary_prob[r.chunk_start.long()].clamp(1e-4, 1 - 1e-4)
     cache.ema[slots] = hk.ema(z, p, r.cu_chunks, return_final_state=True)[1]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hnet.config import HNetConfig, parse_layout
 
 from .attention import CausalAttention
-from .cache import LayerCache
+from .cache import LayerCache, Rows
 from .conv import GatedConv
 from .mamba2 import Mamba2
 from .mlp import SwiGLU
@@ -53,9 +53,9 @@ class Block(nn.Module):
         x, residual = self.norm1(x, residual)
         return self._mlp(self._drop(self.mixer(x, pack, cache, slots)), residual)
 
-    def step(self, x: Tensor, residual: Tensor | None, cache: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, residual: Tensor | None, cache: LayerCache, rows: Rows) -> tuple[Tensor, Tensor]:
         x, residual = self.norm1(x, residual)
-        return self._mlp(self.mixer.step(x, cache, slots), residual)
+        return self._mlp(self.mixer.step(x, cache, rows), residual)
 
 
 class Isotropic(nn.Module):
@@ -81,10 +81,10 @@ class Isotropic(nn.Module):
                 x, residual = layer(x, residual, pack, None if cache is None else cache[i], slots)
         return self.rmsnorm(x, residual)[0]
 
-    def step(self, x: Tensor, cache: list[LayerCache], slots: Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: list[LayerCache], rows: Rows) -> Tensor:
         residual = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, residual = layer.step(x, residual, layer_cache, slots)
+            x, residual = layer.step(x, residual, layer_cache, rows)
         return self.rmsnorm(x, residual)[0]
 
     def allocate_cache(self, batch: int, max_length: int) -> list[LayerCache]:

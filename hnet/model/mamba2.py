@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hnet.config import MAMBA_HEADDIM
 
-from .cache import MambaCache
+from .cache import MambaCache, Rows
 from .conv import DepthwiseConv1d, last_rows
 from .norm import rms_norm
 from .pack import Pack
@@ -72,15 +72,17 @@ class Mamba2(nn.Module):
             w.new_zeros(batch, self.nheads, MAMBA_HEADDIM, self.d_state, dtype=torch.float32),
         )
 
-    def step(self, u: Tensor, cache: MambaCache, slots: Tensor) -> Tensor:
+    def step(self, u: Tensor, cache: MambaCache, rows: Rows) -> Tensor:
         """One new position for each slot: u (n, d_model)."""
         z, xBC, dt = self._project(u)
-        xBC, cache.tail[slots] = self.conv1d.step(xBC, cache.tail[slots])
+        xBC, tail = self.conv1d.step(xBC, rows.take(cache.tail))
+        rows.put(cache.tail, tail)
         x, B, C = (t.float() for t in self._split(xBC))
         dt = F.softplus(dt.float() + self.dt_bias.float())
         decay = torch.exp(-dt * self.A_log.float().exp())
-        h = decay[..., None, None] * cache.ssm[slots] + (dt[..., None] * x)[..., None] * B[:, None, None, :]
-        cache.ssm[slots] = h
+        h = rows.take(cache.ssm).mul_(decay[..., None, None])
+        h.addcmul_((dt[..., None] * x)[..., None], B[:, None, None, :])
+        rows.put(cache.ssm, h)
         y = (h * C[:, None, None, :]).sum(-1) + self.D.float()[:, None] * x
         return self.out_proj(self.norm(y.flatten(1).to(u.dtype), z))
 

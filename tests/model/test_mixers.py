@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hnet import HNetConfig
 from hnet.model import pack as packs
 from hnet.model.attention import CausalAttention, _unpadded, attention
+from hnet.model.cache import Rows, StageCache
 from hnet.model.conv import DepthwiseConv1d, last_rows
 from hnet.model.isotropic import Block
 from hnet.model.mamba2 import Mamba2, _mamba_ssm, final_states, pass_states, ssd
@@ -171,6 +172,12 @@ def test_block_sequences_are_separate_and_causal(letter):
     close(b(x2, None, pack_of([25, 35]))[0][:40], out[:40], 1e-6)
 
 
+def rows_of(slots: list[int], lengths: list[int]) -> Rows:
+    """For a new position of each of these slots, of sequences of which so many positions were seen."""
+    length = torch.tensor(lengths)
+    return StageCache([], [], length, lengths, torch.arange(len(lengths))).rows(slots)
+
+
 @pytest.mark.parametrize("letter", list("mtc"))
 def test_block_step_equals_full_for_ragged_slots(letter):
     """Prefill two prompts of different length into chosen slots, then advance the slots unevenly."""
@@ -185,7 +192,7 @@ def test_block_step_equals_full_for_ragged_slots(letter):
     at = dict(prefilled)
     while any(at[s] < len(x[s]) for s in x):
         active = [s for s in (0, 2) if at[s] < len(x[s]) and (s == 2 or at[2] % 2 == 0 or at[2] == 30)]
-        out = b.mixer.step(torch.stack([x[s][at[s]] for s in active]), cache, torch.tensor(active))
+        out = b.mixer.step(torch.stack([x[s][at[s]] for s in active]), cache, rows_of(active, [at[0], 0, at[2]]))
         for row, s in enumerate(active):
             close(out[row], full[s][at[s]])
             at[s] += 1
@@ -203,7 +210,8 @@ def test_block_step_takes_slots_in_any_order(letter, order):
     prompts = torch.cat([rows[:n] for rows, n in zip(x, lengths, strict=True)])
     b.mixer(prompts, pack_of(lengths), cache, torch.arange(3))
     for i in range(4):
-        out = b.mixer.step(torch.stack([x[s][lengths[s] + i] for s in order]), cache, torch.tensor(order))
+        rows = rows_of(order, [n + i for n in lengths])
+        out = b.mixer.step(torch.stack([x[s][lengths[s] + i] for s in order]), cache, rows)
         for row, s in zip(out, order, strict=True):
             close(row, full[s][lengths[s] + i])
 
@@ -213,10 +221,9 @@ def test_a_step_of_every_slot_copies_no_keys():
     layer = CausalAttention(16, 2, 8, window_size=-1)
     cache = layer.allocate_cache(8, 4096)
     cache.reserve(4096)
-    cache.length.fill_(4000)
-    for slots in (torch.arange(8), torch.arange(7, -1, -1)):
+    for slots in (range(8), range(7, -1, -1)):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
-            layer.step(torch.randn(8, 16), cache, slots)
+            layer.step(torch.randn(8, 16), cache, rows_of(list(slots), [4000] * 8))
         copies = [e for e in p.events() if e.name in ("aten::index", "aten::copy_", "aten::clone")]
         assert max(e.cpu_memory_usage for e in copies) < cache.k.nbytes / 8
 
@@ -225,10 +232,12 @@ def test_window_cache_is_a_ring():
     layer = CausalAttention(16, 2, 8, window_size=5)
     cache = layer.allocate_cache(1, 1000)
     assert cache.capacity == 6
-    for _ in range(20):
-        layer.step(torch.randn(1, 16), cache, torch.tensor([0]))
+    x = torch.randn(20, 16)
+    for i in range(20):
+        cache.reserve(i + 1)
+        out = layer.step(x[i : i + 1], cache, rows_of([0], [i]))
     assert cache.capacity == 6
-    assert cache.length.tolist() == [20]
+    close(out, layer(x, pack_of([20]))[-1:])
 
 
 def test_unwindowed_cache_grows_only_as_needed():
