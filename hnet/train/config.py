@@ -89,6 +89,9 @@ class TrainConfig(RunConfig):
         choices=("auto", "on", "off"),
     )
     recompute: bool = key(False, "activation checkpointing: compute blocks again in the backward")
+    recompute_stages: list[int] = key(
+        [], "with recompute: blocks of these stages only, outermost 0; default: all", low=0
+    )
     batch_bytes: int = key(8192, "bytes of every optimiser step, packed without padding", low=1)
     router_lr: float = key(
         0.1,
@@ -138,6 +141,8 @@ class TrainConfig(RunConfig):
             self.compression_start = targets(self.compression_start, routed)
         need(len(self.max_chunks) in (0, routed), "max_chunks", f"empty or one share for each of {routed} stages")
         need(all(0 < m <= 1 for m in self.max_chunks), "max_chunks", "in (0, 1]")
+        need(self.recompute or not self.recompute_stages, "recompute_stages", "left out unless recompute is on")
+        need(all(s <= routed for s in self.recompute_stages), "recompute_stages", f"stages from 0 to {routed}")
         if not isinstance(self.lr_multipliers, str):
             need(
                 len(self.lr_multipliers) in (0, routed + 1),

@@ -3,9 +3,10 @@
 ddp   every process holds everything; gradients are averaged while the backward runs.
 fsdp  (FSDP2) every Block, and all that is outside of blocks together, is spread over the processes by rows: weights,
       gradients, optimiser state, weight average. They meet for a block's forward and backward only. Gradients are
-      reduced after every micro-batch, so that no process ever holds all of them. bf16 is autocast's as on one process,
-      not FSDP's: weights travel in fp32, and norms, residual stream, Mamba's A and dt and the residual projection stay
-      fp32.
+      summed in fp32, once a step: between the micro-batches of an `accumulation` every process holds all of its own.
+      With dtype bf16 the linear maps of blocks travel in bf16, which is what autocast makes of them anyway; norms,
+      residual stream, convolutions, Mamba's A and dt and all that is outside of blocks stay fp32. With `compile` blocks
+      travel in fp32, whole: their graphs would break at every part that is gathered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hnet.config.run import RunConfig
-from hnet.device import World
+from hnet.device import World, pick_autocast
 from hnet.disk import full_disk
 from hnet.errors import UserError
 from hnet.model.checkpoint_format import save_pretrained
@@ -89,21 +90,33 @@ def shard(model: nn.Module, config: RunConfig, world: World) -> None:
     """
     if config.parallel != "fsdp" or world.size == 1:
         return
-    if config.optimizer == "muon":
-        raise UserError("optimizer 'muon' works on whole matrices: use it with parallel 'ddp', or adamw with 'fsdp'")
     if config.async_checkpoints:
         raise UserError("async_checkpoints must be off with parallel 'fsdp': every process takes part in a save")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # An in-place change of what a block returns would lose its hook; nothing here makes one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (world.size,))
-    for m in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world.size,))
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    half = pick_autocast(config.dtype, device)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    compiled = any("forward" in vars(b) for b in blocks)
+    maps = [] if half is None or compiled else [m for b in blocks for m in linear_maps(b)]
+    for m in [*maps, *blocks, model]:
         # The root too: evaluation would leave it gathered, blind to the averaged weights that come next.
-        spread = fully_shard(m, mesh=mesh, reshard_after_forward=True)
-        spread.set_force_sum_reduction_for_comms(device == "cpu")  # gloo does not average
+        precision = policy if any(m is x for x in maps) else MixedPrecisionPolicy()
+        spread = fully_shard(m, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        spread.set_force_sum_reduction_for_comms(device.type == "cpu")  # gloo does not average
+
+
+def linear_maps(module: nn.Module) -> list[nn.Module]:
+    """Its largest parts that hold nothing but nn.Linear."""
+    holders = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    if holders and all(isinstance(m, nn.Linear) for m in holders):
+        return [module]
+    return [part for child in module.children() for part in linear_maps(child)]
 
 
 def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
@@ -119,10 +132,13 @@ def replicate(model: nn.Module, config: RunConfig, world: World) -> nn.Module:
         return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=config.deterministic)
 
 
-def accumulating(replica: nn.Module, more: bool) -> AbstractContextManager:
-    """Inside, gradients stay local; `more`: another micro-batch follows in this step."""
+def accumulating(replica: Any, more: bool) -> AbstractContextManager:
+    """Inside, gradients stay local if `more`: another micro-batch follows in this step."""
     if more and isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
+    if hasattr(replica, "set_requires_gradient_sync"):  # fsdp
+        replica.set_requires_gradient_sync(not more)
+        replica.set_is_last_backward(not more)
     return nullcontext()
 
 

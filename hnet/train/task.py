@@ -39,7 +39,6 @@ from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
 from hnet.model.cost import stage_costs
-from hnet.model.isotropic import Isotropic
 from hnet.model.parameters import stage_parameters
 from hnet.segment import boundaries, render_plain, render_rich
 
@@ -75,15 +74,16 @@ class HNetTask:
         check_reach(config, stream, self.pack_bytes)
         self.stream = with_workers(stream, config.num_workers)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
-        for m in self.model.modules():
-            if isinstance(m, Isotropic):
-                m.recompute = config.recompute
+        for i, stage in enumerate(self.model.stages()):
+            chosen = config.recompute and (not config.recompute_stages or i in config.recompute_stages)
+            for m in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:
+                m.recompute = chosen
         if compile_wanted(config.compile, device):
             compile_blocks(self.model)
         shard(self.model, config, world)
         self.stages = stage_parameters(self.model)
-        chosen = config.lr_multipliers or [1.0] * len(self.stages)
-        self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(chosen, str) else chosen
+        given = config.lr_multipliers or [1.0] * len(self.stages)
+        self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(given, str) else given
         self.compression = Compression(config, self.model)
         self.costs = stage_costs(self.model)
 

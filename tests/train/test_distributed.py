@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hnet import HNetForCausalLM
 from hnet.data.pack_stream import PackStream
@@ -35,7 +38,9 @@ STEPS = {  # of one optimiser step
     "batch": {},
     "accumulated": {"accumulation": 2, "recompute": True},
     "global": {"ratio_reduction": "global"},
+    "bf16": {"dtype": "bf16"},
 }
+MUON = {"optimizer": "muon", "weight_decay": 0.1, "clipping": "off"}
 RUN = {"rate_control": "bias", "weight_ema": 0.9, "dropout": 0.1, "dtype": "fp32", "ratio_reduction": "global"}
 
 
@@ -60,6 +65,31 @@ def work(jobs: str, results: str) -> None:
             error = f"{type(e).__name__}: {e}"
         if "fails" in job:
             (Path(results) / f"{job['name']}.{os.environ['RANK']}.error").write_text(error)
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives of fsdp, by kind and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for kind in ("allgather_base", "reduce_scatter_base"):
+            if kind in func._schema.name:
+                self.counts[f"{kind} {tree_leaves(args)[0].dtype}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def skipped(trainer: Trainer) -> bool:
+    """Whether an update that is not finite, as taken on a GPU, leaves everything as it was."""
+    before = state_of(trainer)
+    for p in trainer.model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    trainer.optimizers.step_without_waiting(torch.tensor(False))
+    trainer.optimizers.zero_grad()
+    after = state_of(trainer)
+    return all(torch.equal(v, after[k]) for k, v in before.items() if not k.startswith("step/"))
 
 
 def do(job: dict, results: str) -> None:
@@ -93,14 +123,21 @@ def do(job: dict, results: str) -> None:
         return launch()
 
     trainer.start_step, trainer._report = step, report
+    found = {}
     if job["do"] == "step":
-        rows.append(trainer.train_step())
+        with Traffic() as traffic:
+            rows.append(trainer.train_step())
+        found["traffic"] = dict(traffic.counts)
+    elif job["do"] == "steps":
+        rows += [trainer.train_step() for _ in range(4)]
     elif job["do"] == "train":
         trainer.train()
     if "fails" in job:  # perhaps on one process alone
         return
     bias = [s.logit_bias for s in trainer.task.compression.stages]
-    found = {"rows": rows, "bias": bias, "state": state_of(trainer)}
+    found |= {"rows": rows, "bias": bias, "state": state_of(trainer)}
+    if job["do"] == "steps":
+        found["skipped"] = skipped(trainer)
     torch.save(found, Path(results) / f"{job['name']}.{rank}.pt")
 
 
@@ -163,8 +200,10 @@ def ran(tmp_path_factory, one_thread):
     jobs = []
     for p in ("ddp", "fsdp"):
         for name, change in STEPS.items():
-            c = dataclasses.replace(base, **STEP, **change, parallel=p, out=str(folder / f"{name}-{p}"))
+            c = dataclasses.replace(base, **{**STEP, **change}, parallel=p, out=str(folder / f"{name}-{p}"))
             jobs.append(job(f"{name}-{p}", c, "step"))
+        c = dataclasses.replace(base, **STEP, **MUON, parallel=p, out=str(folder / f"muon-{p}"))
+        jobs.append(job(f"muon-{p}", c, "steps"))
         c = dataclasses.replace(base, **RUN, parallel=p, out=str(folder / f"straight-{p}"))
         jobs.append(job(f"straight-{p}", c, "train"))
         c = dataclasses.replace(c, steps=50, checkpoint_every=50, eval_every=50, out=str(folder / f"stopped-{p}"))
@@ -213,6 +252,37 @@ def test_a_step_is_that_of_one_process(ran, parallel, name):
     alone = Trainer(dataclasses.replace(base, **STEP, accumulation=twice, out=str(folder / "x")))
     row = alone.train_step()
     close({"rows": [row], "state": state_of(alone)}, found(folder, f"{name}-{parallel}"), NAMES)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_muon_is_that_of_one_process(ran, parallel):
+    """To the bit, over four steps; clipping off, as the norm's last bit would not be, which the iterations multiply."""
+    folder, base = ran
+    alone = Trainer(dataclasses.replace(base, **STEP, **MUON, accumulation=2, out=str(folder / "x")))
+    before = {n: p.detach().clone() for n, p in alone.model.named_parameters()}
+    for _ in range(4):
+        alone.train_step()
+    two = found(folder, f"muon-{parallel}")
+    equal(state_of(alone), two["state"])
+    moments = [k.partition("/")[2] for k in two["state"] if k.startswith("momentum_buffer/")]
+    assert len(moments) > 4
+    assert all((alone.model.get_parameter(n) - before[n]).abs().max() > 1e-4 for n in moments)
+    assert two["skipped"]
+    equal(two["state"], found(folder, f"muon-{parallel}", 1)["state"])
+
+
+def test_fsdp_reduces_gradients_once_a_step_and_in_fp32(ran):
+    once, twice, half = (found(ran[0], f"{name}-fsdp")["traffic"] for name in ("batch", "accumulated", "bf16"))
+    reduced = "reduce_scatter_base torch.float32"
+    assert once[reduced] == twice[reduced] > 4
+    assert {k for k in half if k.startswith("reduce")} == {reduced}
+
+
+def test_fsdp_sends_linear_maps_in_bf16_and_computes_what_ddp_does(ran):
+    plain, half = (found(ran[0], f"{name}-fsdp")["traffic"] for name in ("batch", "bf16"))
+    assert {k for k in plain if k.startswith("allgather")} == {"allgather_base torch.float32"}
+    assert half["allgather_base torch.bfloat16"] > 4
+    close(found(ran[0], "bf16-ddp"), found(ran[0], "bf16-fsdp"), NAMES)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -368,7 +438,7 @@ def test_an_error_of_one_process_ends_the_others(ran, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"optimizer": "muon"}, "whole matrices"), ({"async_checkpoints": True}, "async_checkpoints must be off")],
+    [({"async_checkpoints": True}, "async_checkpoints must be off")],
 )
 def test_fsdp_refuses_what_it_cannot_do(config, change, message):
     from hnet.device import World
