@@ -54,13 +54,12 @@ class CausalAttention(nn.Module):
     def step(self, x: Tensor, cache: AttentionCache, rows: Rows) -> Tensor:
         """One new position for each slot: x (n, d_model). Every row of the cache is attended to, the unwritten ones
         under a mask, so that shapes change only when the cache grows."""
-        qk, v = self.Wqkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim).split([2, 1], dim=1)
-        if self.rotary_dim:
-            tables = rows.shared(("rotary", self.rotary_dim), lambda: rotary(rows.position, self.rotary_dim))
-            qk = rotate(qk, *tables)
+        dim = self.rotary_dim
+        tables = rows.shared(("rotary", dim), lambda: rotary(rows.position, dim)) if dim else None
+        qk, v = self.qkv(x, rows.position, tables)
         q, k = qk.unbind(1)
         size = cache.capacity
-        write_kv(cache, k, v[:, 0], rows.slots, rows.shared(("ring", size), lambda: rows.position % size))
+        write_kv(cache, k, v, rows.slots, rows.shared(("ring", size), lambda: rows.position % size))
         seen = rows.shared(("seen", size), lambda: _seen(rows, size))
         if rows.order == "all":  # the queries go to their keys, which are not copied
             q = torch.empty_like(q).index_copy_(0, rows.slots, q)

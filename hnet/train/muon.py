@@ -3,8 +3,8 @@
 
 Where matrices are spread over the processes by rows (fsdp), momentum and weight decay keep to the rows that are here.
 Only the direction, which Newton-Schulz iterations find, takes the whole: one matrix at a time is joined, in bf16, in
-which the iterations work anyway, and every process takes its own rows of what it finds. They are those of one process to
-the bit: the iterations would multiply a difference of one rounding by hundreds.
+which the iterations work anyway, and every process takes its own rows of what it finds. They are those of one process
+to the bit: the iterations would multiply a difference of one rounding by hundreds.
 """
 
 from __future__ import annotations
