@@ -1,10 +1,14 @@
 import dataclasses
 import math
 
+import click
 import pytest
 import torch
 
+from hnet.cli.options import config_options, given
+from hnet.config.keys import read_toml
 from hnet.train.compile import compile_wanted
+from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 from hnet.train.metrics import Reading
 
@@ -27,6 +31,27 @@ def test_auto_compiles_on_a_gpu_alone(monkeypatch):
     assert [compile_wanted(v, d) for v in (True, False) for d in (cuda, cpu)] == [True, True, False, False]
     monkeypatch.setattr("hnet.train.compile.triton_error", lambda: "triton is not installed")
     assert not compile_wanted("auto", cuda)
+
+
+def test_the_key_is_a_flag_and_a_word(tmp_path):
+    seen = {}
+
+    @click.command()
+    @config_options(TrainConfig)
+    def command(**options):
+        seen.update(given(options))
+
+    for args, value in ((["--compile"], True), (["--no-compile"], False), ([], None)):
+        seen.clear()
+        command.main(args, standalone_mode=False)
+        assert seen.get("compile") is value
+    for text, value in (("true", True), ("false", False), ('"auto"', "auto")):
+        (tmp_path / "c.toml").write_text(f"compile = {text}\ncuda_graph = 'off'")
+        assert read_toml(tmp_path / "c.toml", TrainConfig) == {"compile": value, "cuda_graph": "off"}
+    with pytest.raises(ValueError, match="compile must be true, false or auto, got 'maybe'"):
+        TrainConfig(data=["x"], compile="maybe").validate()
+    with pytest.raises(ValueError, match="cuda_graph must be one of auto, on, off, got 'maybe'"):
+        TrainConfig(data=["x"], cuda_graph="maybe").validate()
 
 
 @pytest.mark.slow
