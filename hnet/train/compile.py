@@ -1,27 +1,34 @@
 """torch.compile of every Block: the dense parts, for any number of positions and sequences, so that nothing recompiles
-once every kind of block has run. Two parts stay eager. Attention pads sequences to groups by their lengths, which would
-be traced anew for every pack. And of Mamba-2's chunked scan, PyTorch 2.13 makes CPU code that writes past its buffers
-(heap corruption in the backward, dynamic shapes)."""
+once every kind of block has run. Blocks that call mamba-ssm stay eager, which nobody has compiled, and two parts of the
+others. Attention pads sequences to groups by their lengths, which would be traced anew for every pack. And of Mamba-2's
+chunked scan, PyTorch 2.13 makes CPU code that writes past its buffers (heap corruption in the backward, dynamic
+shapes)."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from hnet.device import World
 from hnet.model import attention, mamba2
 from hnet.model.isotropic import Block
 from hnet_kernels.dispatch import triton_error
 
+from .config import TrainConfig
+
 VARIANTS = 64  # of one function: letters x widths x (training, evaluation); PyTorch gives up at 8
 
 
-def compile_wanted(setting: bool | str, device: torch.device) -> bool:
-    """Whether to, for true, false or "auto": on a GPU where Triton is, which the compiler's kernels are written in."""
-    if setting == "auto":
-        return device.type == "cuda" and triton_error() is None
-    return bool(setting)
+def compile_wanted(config: TrainConfig, device: torch.device, world: World) -> bool:
+    """Whether to. "auto": on a GPU where Triton is, which the compiler's kernels are written in; not where fsdp would
+    have to send compiled blocks in fp32."""
+    if config.compile == "auto":
+        spread = config.parallel == "fsdp" and world.size > 1
+        return device.type == "cuda" and triton_error() is None and not spread
+    return bool(config.compile)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -34,7 +41,10 @@ def compile_blocks(model: nn.Module) -> None:
         function = getattr(module, name)
         if not hasattr(function, "_torchdynamo_orig_callable"):
             setattr(module, name, torch.compiler.disable(function))
+    foreign = importlib.util.find_spec("mamba_ssm") is not None
     for block in [m for m in model.modules() if isinstance(m, Block)]:
+        if foreign and isinstance(block.mixer, mamba2.Mamba2):
+            continue
         rotary_dim = getattr(block.mixer, "rotary_dim", 0)
         block.forward = _forward(block.forward, rotary_dim)  # type: ignore[method-assign]
 

@@ -80,7 +80,8 @@ class TrainConfig(RunConfig):
         low=1,
     )
     compile: bool | str = key(
-        "auto", "torch.compile the blocks, shapes dynamic: true, false, or auto, which does so on a GPU with Triton"
+        "auto",
+        "torch.compile the blocks, shapes dynamic: true, false, or auto, which does on a GPU with Triton, without fsdp",
     )
     cuda_graph: str = key(
         "auto",

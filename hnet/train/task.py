@@ -78,7 +78,7 @@ class HNetTask:
             chosen = config.recompute and (not config.recompute_stages or i in config.recompute_stages)
             for m in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:
                 m.recompute = chosen
-        if compile_wanted(config.compile, device):
+        if compile_wanted(config, device, world):
             compile_blocks(self.model)
         shard(self.model, config, world)
         self.stages = stage_parameters(self.model)

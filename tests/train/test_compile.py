@@ -7,6 +7,7 @@ import torch
 
 from hnet.cli.options import config_options, given
 from hnet.config.keys import read_toml
+from hnet.device import World
 from hnet.train.compile import compile_wanted
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
@@ -25,12 +26,17 @@ def dynamo():
 
 
 def test_auto_compiles_on_a_gpu_alone(monkeypatch):
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    def wanted(setting, device, processes=1, parallel="ddp"):
+        config = TrainConfig(compile=setting, parallel=parallel)
+        return compile_wanted(config, torch.device(device), World(0, processes, 0))
+
     monkeypatch.setattr("hnet.train.compile.triton_error", lambda: None)
-    assert [compile_wanted("auto", d) for d in (cuda, cpu)] == [True, False]
-    assert [compile_wanted(v, d) for v in (True, False) for d in (cuda, cpu)] == [True, True, False, False]
+    assert [wanted("auto", d) for d in ("cuda", "cpu")] == [True, False]
+    assert [wanted(v, d) for v in (True, False) for d in ("cuda", "cpu")] == [True, True, False, False]
+    assert [wanted("auto", "cuda", n, p) for n, p in ((2, "ddp"), (1, "fsdp"), (2, "fsdp"))] == [True, True, False]
+    assert wanted(True, "cuda", 2, "fsdp")
     monkeypatch.setattr("hnet.train.compile.triton_error", lambda: "triton is not installed")
-    assert not compile_wanted("auto", cuda)
+    assert not wanted("auto", "cuda")
 
 
 def test_the_key_is_a_flag_and_a_word(tmp_path):
