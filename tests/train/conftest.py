@@ -15,6 +15,7 @@ def tiny(out: Path) -> TrainConfig:
     return TrainConfig(
         data=[str(STDLIB / "email")],
         pattern="*.py",
+        device="cpu",
         preset="tiny",
         ratio_weight=0.5,
         sample_bytes=0,
