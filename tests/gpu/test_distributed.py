@@ -24,7 +24,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_two_cards_step_as_one(tmp_path, change):
-    base = dataclasses.replace(tiny(tmp_path / "run"), **{**STEP, **CHANGES[change]}, device="cuda")
+    base = dataclasses.replace(
+        tiny(tmp_path / "run"), **{**STEP, **CHANGES[change]}, device="cuda", tf32=False, compile=False
+    )
     jobs = [
         job(p, dataclasses.replace(base, parallel=p, out=str(tmp_path / p)), "step") for p in ("ddp", "fsdp")
     ]  # fmt: skip
