@@ -89,7 +89,7 @@ def ops(shape: Shape) -> dict[tuple[str, str], Op]:
         return lambda: routing.route(rows(T), rows(T), layout[3], None, None, budget, False)
 
     def route_bwd() -> object:
-        found = fp32(T), fp32(T), fp32(T), fp32(T), fp32(T), fp32(N)
+        found = fp32(3, T), fp32(T), fp32(T), fp32(N)
         return routing.route_bwd(rows(T), rows(T), layout[3], None, mask, *found, False)
 
     def dechunk_fwd(residual: torch.dtype) -> Callable[[], object]:

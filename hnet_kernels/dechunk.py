@@ -85,7 +85,7 @@ def dechunk(z: Tensor, r: Routing, residual: Tensor | None = None, *, backend: s
     layout = r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens
     inputs = z, r.boundary_prob, r.selected_prob, *layout, residual
     keep = chosen == "triton" and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return torch.ops.hnet_kernels.dechunk(*inputs, keep, chosen)[0]
+    return _dechunk(*inputs, keep, chosen)[0]
 
 
 def dechunk_step(
@@ -123,7 +123,7 @@ def dechunk_step(
     chosen = dispatch.resolve(backend, "dechunk_step", z)
     if chosen == "reference":
         return reference.dechunk_step(z, boundary_prob, boundary_mask, state, residual)
-    return torch.ops.hnet_kernels.dechunk_step(z, boundary_prob, boundary_mask, state, residual, chosen)
+    return _dechunk_step(z, boundary_prob, boundary_mask, state, residual, chosen)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def _backward(ctx, dout, _):
     wanted = ctx.residual_dtype if ctx.needs_input_grad[7] else None
     # the kernel writes it on a GPU, where a look at the padding would wait, and for an fp32 residual of 16-bit rows
     written = wanted if ctx.chosen == "triton" or wanted == torch.float32 != dout.dtype else None
-    dz, dprob, dselected, dresidual = torch.ops.hnet_kernels.dechunk_bwd(dout, *ctx.saved_tensors, written, ctx.chosen)
+    dz, dprob, dselected, dresidual = _dechunk_bwd(dout, *ctx.saved_tensors, written, ctx.chosen)
     if written is None:
         dresidual = None if wanted is None else _without_padding(dout, ctx.saved_tensors[-1]).to(wanted)
     return dz, dprob, dselected, None, None, None, None, dresidual, None, None
@@ -171,7 +171,7 @@ def _dechunk_bwd_fake(dout, rows, prob, *args):
     return dout.new_empty(rows.shape), prob.new_empty(prob.shape), prob.new_empty(prob.shape), dresidual
 
 
-define(  # with `keep`, also y (M, D) fp32 for the backward
+_dechunk = define(  # with `keep`, also y (M, D) fp32 for the backward
     "dechunk(Tensor z, Tensor boundary_prob, Tensor selected_prob, Tensor chunk_start, Tensor chunk_index, "
     "Tensor cu_chunks, Tensor cu_seqlens, Tensor? residual, bool keep, str backend) -> (Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk(*args[:-1]),
@@ -179,13 +179,13 @@ define(  # with `keep`, also y (M, D) fp32 for the backward
     _setup_context,
     _backward,
 )
-define(  # rows: the y that the forward kept, else z
+_dechunk_bwd = define(  # rows: the y that the forward kept, else z
     "dechunk_bwd(Tensor dout, Tensor rows, Tensor boundary_prob, Tensor chunk_start, Tensor chunk_index, "
     "Tensor cu_chunks, Tensor cu_seqlens, ScalarType? residual_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk_bwd(*args[:-1]),
     _dechunk_bwd_fake,
 )
-define(
+_dechunk_step = define(
     "dechunk_step(Tensor z, Tensor boundary_prob, Tensor boundary_mask, Tensor state, Tensor? residual, str backend) "
     "-> (Tensor, Tensor)",
     lambda *args: kernels(args[-1], "dechunk").dechunk_step(*args[:-1]),

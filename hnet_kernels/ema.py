@@ -64,7 +64,7 @@ def ema(
         check_cu_seqlens_values(cu_seqlens, T)
         y, final = reference.ema(z, p, cu_seqlens, initial_state)
     else:
-        y, final = torch.ops.hnet_kernels.ema(z, p, cu_seqlens, initial_state, chosen)
+        y, final = _ema(z, p, cu_seqlens, initial_state, chosen)
     return (y, final) if return_final_state else y
 
 
@@ -81,7 +81,7 @@ def _backward(ctx, dy, dfinal):
     z, p, cu_seqlens, initial_state = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(z)
-    dz, dp, dinitial = torch.ops.hnet_kernels.ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state, ctx.chosen)
+    dz, dp, dinitial = _ema_bwd(dy, dfinal, z, p, cu_seqlens, initial_state, ctx.chosen)
     return dz, dp, None, None if initial_state is None else dinitial, None
 
 
@@ -97,14 +97,14 @@ def _ema_bwd_fake(dy, dfinal, z, p, cu_seqlens, initial_state, *_):
     return z.new_empty(z.shape), p.new_empty(p.shape), p.new_empty(shape)
 
 
-define(
+_ema = define(
     "ema(Tensor z, Tensor p, Tensor cu_seqlens, Tensor? initial_state, str backend) -> (Tensor, Tensor)",
     lambda *args: kernels(args[-1], "ema").ema(*args[:-1]),
     _ema_fake,
     _setup_context,
     _backward,
 )
-define(
+_ema_bwd = define(
     "ema_bwd(Tensor dy, Tensor? dfinal, Tensor z, Tensor p, Tensor cu_seqlens, Tensor? initial_state, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "ema").ema_bwd(*args[:-1]),

@@ -8,7 +8,6 @@ kernels in `csrc/cpu/pool.cpp` and `triton/pool.py`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import dispatch, reference
@@ -52,7 +51,7 @@ def pool(x: Tensor, r: Routing, mode: str = "boundary", *, backend: str | None =
     if chosen == "reference":
         check_routing_values(r)
         return reference.pool(x, r, mode)
-    return torch.ops.hnet_kernels.pool(x, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, mode, chosen)
+    return _pool(x, r.chunk_start, r.chunk_index, r.cu_chunks, r.cu_seqlens, mode, chosen)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -65,13 +64,13 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dz):
-    dx = torch.ops.hnet_kernels.pool_bwd(dz, *ctx.saved_tensors, ctx.T, ctx.mode, ctx.chosen)
+    dx = _pool_bwd(dz, *ctx.saved_tensors, ctx.T, ctx.mode, ctx.chosen)
     return dx, None, None, None, None, None, None
 
 
 # --- schema and shapes --------------------------------------------------------------------------------------------
 
-define(
+_pool = define(
     "pool(Tensor x, Tensor chunk_start, Tensor chunk_index, Tensor cu_chunks, Tensor cu_seqlens, str mode, "
     "str backend) -> Tensor",
     lambda *args: kernels(args[-1], "pool").pool(*args[:-1]),
@@ -79,7 +78,7 @@ define(
     _setup_context,
     _backward,
 )
-define(
+_pool_bwd = define(
     "pool_bwd(Tensor dz, Tensor? x, Tensor chunk_start, Tensor chunk_index, Tensor cu_chunks, Tensor cu_seqlens, "
     "SymInt T, str mode, str backend) -> Tensor",
     lambda *args: kernels(args[-1], "pool").pool_bwd(*args[:-1]),

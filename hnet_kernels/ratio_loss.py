@@ -73,9 +73,9 @@ def ratio_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if reduction == "global" and not torch.distributed.is_initialized():
         raise RuntimeError("reduction='global' needs an initialised torch.distributed process group")
-    if reduction != "global" and _backend(r.prob_sum) == "triton":
+    if reduction != "global" and dispatch.resolve(None, "ratio_loss", r.prob_sum) == "triton":
         sums = (r.prob_sum, r.cu_seqlens, r.cu_chunks)
-        return torch.ops.hnet_kernels.ratio_loss(*sums, n, reduction == "sequence", straight_through, "triton")[0]
+        return _ratio_loss(*sums, n, reduction == "sequence", straight_through, "triton")[0]
     F, G = boundary_fractions(r, reduction=reduction, group=group)
     F = F.detach()
     if straight_through:
@@ -100,11 +100,6 @@ def _positions_per_chunk(target_ratio: float) -> float:
     if not 1 < n < math.inf:
         raise ValueError(f"target_ratio must be above 1 (positions per chunk) and finite, got {target_ratio!r}")
     return n
-
-
-def _backend(prob_sum: Tensor) -> str:
-    """The backend in force; only triton has a kernel for this, so there is none to miss for the others."""
-    return dispatch.resolve("auto" if dispatch.in_force() == "cuda" else None, "ratio_loss", prob_sum)
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -137,7 +132,7 @@ def _backward(ctx, dloss, _):
     return dloss * ctx.saved_tensors[0], None, None, None, None, None, None
 
 
-define(
+_ratio_loss = define(
     "ratio_loss(Tensor prob_sum, Tensor cu_seqlens, Tensor cu_chunks, float target_ratio, bool by_sequence, "
     "bool straight_through, str backend) -> (Tensor, Tensor)",
     lambda *args: kernels(args[-1], "ratio_loss").ratio_loss(*args[:-1]),

@@ -116,7 +116,7 @@ def route(
     if chosen == "reference":
         check_cu_seqlens_values(cu_seqlens, T, padded)
         return reference.route(q, k, cu_seqlens, bias, candidates, max_chunks, padded)
-    out = torch.ops.hnet_kernels.route(q, k, cu_seqlens, bias, candidates, max_chunks, padded, chosen)
+    out = _route(q, k, cu_seqlens, bias, candidates, max_chunks, padded, chosen)
     prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped = out[:8]
     return Routing(prob, mask, selected, chunk_index, chunk_start, cu_chunks, cu_seqlens, prob_sum, num_dropped)
 
@@ -155,7 +155,7 @@ def route_step(
     bias = _bounded(bias, chosen)
     if chosen == "reference":
         return reference.route_step(q_prev, k, is_first, bias, candidates)
-    return torch.ops.hnet_kernels.route_step(q_prev, k, is_first, bias, candidates, chosen)
+    return _route_step(q_prev, k, is_first, bias, candidates, chosen)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -163,17 +163,17 @@ def route_step(
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, cu_seqlens, logit_bias, _, _, _, ctx.chosen = inputs
-    mask, (cos, inv_q, inv_k) = output[1], output[8:]
-    ctx.mark_non_differentiable(cos, inv_q, inv_k)
-    ctx.save_for_backward(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k)
+    mask, norms = output[1], output[8]
+    ctx.mark_non_differentiable(norms)
+    ctx.save_for_backward(q, k, cu_seqlens, logit_bias, mask, norms)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dprob, _mask, dselected, _index, _start, _cu, dprob_sum, *_):
-    q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k = ctx.saved_tensors
+    q, k, cu_seqlens, logit_bias, mask, norms = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[3]
-    dq, dk, dbias = torch.ops.hnet_kernels.route_bwd(
-        q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad, ctx.chosen
+    dq, dk, dbias = _route_bwd(
+        q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, bias_grad, ctx.chosen
     )
     return dq, dk, None, dbias if bias_grad else None, None, None, None, None
 
@@ -192,7 +192,7 @@ def _route_fake(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded, ba
         return q.new_empty(shape, dtype=torch.int32)
 
     mask = q.new_empty(T, dtype=torch.bool)
-    return f32(T), mask, f32(T), i32(T), i32(M), i32(N + 1), f32(N), i32(), f32(T), f32(T), f32(T)
+    return f32(T), mask, f32(T), i32(T), i32(M), i32(N + 1), f32(N), i32(), f32(3, T)
 
 
 def _route_bwd_fake(q, *args):
@@ -206,22 +206,22 @@ def _route_step_fake(q_prev, k, *_):
     return p, p.new_empty(p.shape, dtype=torch.bool), torch.empty_like(p)
 
 
-define(
+_route = define(  # last, norms (3, T): of each pair its cosine, 1 / |q_{t-1}| and 1 / |k_t|, for the backward
     "route(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor? candidates, SymInt? max_chunks, "
-    f"bool padded, str backend) -> ({', '.join(['Tensor'] * 11)})",
+    f"bool padded, str backend) -> ({', '.join(['Tensor'] * 9)})",
     lambda *args: kernels(args[-1], "routing").route(*args[:-1]),
     _route_fake,
     _setup_context,
     _backward,
 )
-define(
-    "route_bwd(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor mask, Tensor cos, Tensor inv_q, "
-    "Tensor inv_k, Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, bool bias_grad, str backend) "
+_route_bwd = define(
+    "route_bwd(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor mask, Tensor norms, "
+    "Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, bool bias_grad, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "routing").route_bwd(*args[:-1]),
     _route_bwd_fake,
 )
-define(
+_route_step = define(
     "route_step(Tensor q_prev, Tensor k, Tensor? is_first, Tensor? logit_bias, Tensor? candidates, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "routing").route_step(*args[:-1]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from hnet_kernels.dispatch import triton_interpreted
 
@@ -42,7 +42,15 @@ def target(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-@dataclass(frozen=True)
+POINTER, LENGTH, STRIDE, NUMBER = range(4)  # what an argument is, and so what of it Triton compiles a kernel for
+
+
+def _odd(kind: int, a: Any) -> bool:
+    """Whether an address is not divisible by 16, an integer does not fit 32 bits."""
+    return a is not None and kind != NUMBER and (a % 16 if kind == POINTER else a >> 31) != 0
+
+
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """How a kernel is launched for rows of width D: what the launcher uses and what the compile gate builds.
 
@@ -56,19 +64,85 @@ class Kernel:
     plan: Plan
     few_warps: str = ""
 
+    @functools.cache  # noqa: B019 (a kernel lives as long as its module)
+    def _blocks(self, D: int, dtype: torch.dtype, gpu: str) -> dict[str, Any]:
+        return self.plan(D, dtype, gpu)[0]
+
     def blocks(self, x: Tensor, D: int) -> dict[str, Any]:
         """The constexprs planned for rows of width D like those of `x`."""
-        return self.plan(D, x.dtype, target(x.device))[0]
+        return self._blocks(D, x.dtype, target(x.device))
+
+    @functools.cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        def kind(written: str, as_it_is: bool) -> int:
+            if written.startswith("*"):
+                return POINTER
+            return NUMBER if written.startswith("fp") else LENGTH if as_it_is else STRIDE
+
+        specialised = self.fn.params[: len(self.args)]
+        return tuple(kind(a, p.do_not_specialize) for a, p in zip(self.args.values(), specialised, strict=True))
+
+    @functools.cached_property
+    def _compiled(self) -> dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]]:
+        """The kernels launched so far, and the constexprs that go behind their arguments."""
+        return {}
 
     def launch(self, grid: tuple[int, ...], like: Tensor, D: int, *args: Any, **constexprs: Any) -> None:
-        """Launches on the device of `like`, as planned for rows of its dtype and width D."""
+        """Launches on the device of `like`, as planned for rows of its dtype and width D.
+
+        At every launch Triton works out anew which of the kernels it has compiled the arguments call for, at twice the
+        cost of the launch. What it found is kept here, by all that it looks at: the device; the plan; of each argument
+        whether it is given and its dtype; of an address whether 16 divides it; of a stride also whether it is 1; of any
+        integer whether it needs 64 bits.
+        """
         if 0 in grid:
             return
+        index = like.device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                self.launch(grid, like, D, *args, **constexprs)
+            return
+        if INTERPRETED:
+            self._through_triton(grid, like, D, args, constexprs)
+            return
+        flat: list[Any] = []
+        key: list[Any] = [index, like.dtype, D, *constexprs.items()]
+        addresses = integers = 0
+        for kind, a in zip(self._kinds, args, strict=True):
+            if a is None:
+                key.append(None)
+            elif kind == POINTER:
+                key.append(a.dtype)
+                a = a.data_ptr()
+                addresses |= a
+            elif kind != NUMBER:
+                integers |= a
+                if kind == STRIDE:
+                    key.append(0 if a % 16 == 0 else 1 if a == 1 else 2)
+            flat.append(a)
+        if addresses % 16 or integers >> 31:  # hardly ever
+            key.append(tuple(_odd(kind, a) for kind, a in zip(self._kinds, flat, strict=True)))
+        found = self._compiled.get(tuple(key))
+        if found is not None:
+            kernel, constants = found
+            kernel[(*grid, 1, 1)[:3]](*flat, *constants)
+            return
+        kernel, constants = self._through_triton(grid, like, D, args, constexprs)
+        if isinstance(kernel, CompiledKernel):  # and not the promise of one
+            self._compiled[tuple(key)] = kernel, constants
+
+    def _through_triton(self, grid, like, D, args, constexprs) -> tuple[Any, tuple[Any, ...]]:
+        """Compiles or interprets, and launches; returns what Triton launched and its constexprs."""
         planned, options = self.plan(D, like.dtype, target(like.device))
+        planned = {**planned, **constexprs}
         flat = [a.view(torch.uint8) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
-        elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
-        with torch.cuda.device(like.device) if elsewhere else nullcontext():
-            self.fn[grid](*flat, **{**planned, **constexprs}, **options)
+        kernel = self.fn[grid](*flat, **planned, **options)
+        return kernel, tuple(planned[name] for name in self.fn.arg_names[len(args) :])
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` is made for kernels, and slow outside of them."""
+    return -(-a // b)
 
 
 def rows(x: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, empty, jit, search_steps
+from .common import Kernel, cdiv, empty, jit, search_steps
 
 ROUTE_BLOCK = 8  # positions whose boundaries and probabilities `_route_fwd_kernel` has added up
 COMPACT_BLOCK = 2048
@@ -273,7 +273,7 @@ def compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks):
     chunk_start = empty(prob, T if max_chunks is None else max_chunks, dtype=i32)
     lower = sure = selection = None
     if max_chunks is not None and max_chunks < T:
-        parts = triton.cdiv(T, SELECT_BLOCK)
+        parts = cdiv(T, SELECT_BLOCK)
         upper, lower = empty(prob, parts, DIGITS["UPPER"], dtype=i32), empty(prob, parts, DIGITS["LOWER"], dtype=i32)
         firsts, sure, selection = (empty(prob, size, dtype=i32) for size in (parts, parts, 2))
         sizes = T, blocks, max_chunks
@@ -281,7 +281,7 @@ def compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks):
         LOWER_DIGITS.launch(
             (parts,), prob, 1, prob, code, block_count, upper, firsts, lower, sure, selection, num_dropped, *sizes
         )  # fmt: skip
-    grid = max(triton.cdiv(max(T, max_chunks or 0), COMPACT_BLOCK), 1) + N
+    grid = max(cdiv(max(T, max_chunks or 0), COMPACT_BLOCK), 1) + N
     COMPACT.launch(
         (grid,), prob, 1, prob, code, cu_seqlens, block_count, block_sum, lower, sure, selection, mask, selected,
         chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, T, N, search_steps(N), blocks, max_chunks or 0,

@@ -27,6 +27,7 @@ from .common import (
     Kernel,
     Plan,
     block_columns,
+    cdiv,
     chunk_end,
     dense,
     empty,
@@ -339,7 +340,7 @@ def dechunk(z, prob, selected, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
     prob, chunk_start, chunk_index, cu_chunks, cu_seqlens = dense(prob, chunk_start, chunk_index, cu_chunks, cu_seqlens)
     out, y = empty(z, T, D, dtype=z.dtype), empty(z, *((M, D) if keep else (0,)))
     FWD.launch(
-        (triton.cdiv(M, FWD.blocks(z, D)["OWN"]) + triton.cdiv(T, SPLIT),), z, D, z, prob, chunk_start, chunk_index,
+        (cdiv(M, FWD.blocks(z, D)["OWN"]) + cdiv(T, SPLIT),), z, D, z, prob, chunk_start, chunk_index,
         cu_chunks, cu_seqlens, residual, out, y if keep else None, T, M, N, search_steps(N), stride(z),
         stride(residual), HAS_RESIDUAL=residual is not None, HAS_Y=keep,
     )  # fmt: skip
@@ -354,14 +355,14 @@ def dechunk_bwd(dout, y, prob, chunk_start, chunk_index, cu_chunks, cu_seqlens, 
     dresidual = empty(dout, 0) if residual_dtype is None else empty(dout, T, D, dtype=residual_dtype)
     if T == 0 or M == 0:
         return dz.zero_(), dprob.zero_(), dselected.zero_(), dresidual.zero_()
-    programs = M + triton.cdiv(T, SPLIT)
+    programs = M + cdiv(T, SPLIT)
     sums = empty(dout, programs, D)
     BWD_ROWS.launch(
         (programs,), dout, D, dout, y, chunk_start, chunk_index, cu_chunks, cu_seqlens, sums, dprob, dselected,
         None if residual_dtype is None else dresidual, T, M, N, stride(dout), HAS_DRESIDUAL=residual_dtype is not None,
     )  # fmt: skip
     BWD_CHUNKS.launch(
-        (triton.cdiv(M, BWD_CHUNKS.blocks(dout, D)["OWN"]),), dout, D, y, sums, prob, chunk_start, cu_chunks,
+        (cdiv(M, BWD_CHUNKS.blocks(dout, D)["OWN"]),), dout, D, y, sums, prob, chunk_start, cu_chunks,
         cu_seqlens, dz, dprob, M, N, search_steps(N),
     )  # fmt: skip
     return dz, dprob, dselected, dresidual
@@ -374,7 +375,7 @@ def dechunk_step(z, boundary_prob, boundary_mask, state, residual):
     out, new_state = empty(z, B, D, dtype=z.dtype), empty(z, B, D)
     planned = STEP.blocks(z, D)
     STEP.launch(
-        (B, triton.cdiv(D, planned["BLOCK_D"])), z, D, z, boundary_prob, boundary_mask, state, residual, out,
+        (B, cdiv(D, planned["BLOCK_D"])), z, D, z, boundary_prob, boundary_mask, state, residual, out,
         new_state, stride(z), stride(residual), HAS_RESIDUAL=residual is not None,
     )  # fmt: skip
     return out, new_state

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hnet_kernels.validation import MAX_LOGIT_BIAS
 
-from .common import Kernel, block_columns, dense, empty, jit, rows, search_steps, sequence_of, stride
+from .common import Kernel, block_columns, cdiv, dense, empty, jit, rows, search_steps, sequence_of, stride
 from .compaction import FIRST, ORDINARY, ROUTE_BLOCK, compact
 
 MAX_BIAS = tl.constexpr(MAX_LOGIT_BIAS)
@@ -59,7 +59,7 @@ def _row_sums(q, k, q_row, k_row, wanted, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 @jit
 def _route_fwd_kernel(
-    q, k, cu_seqlens, candidates, bias, prob, cos_out, inv_q_out, inv_k_out, code_out, block_count, block_sum,
+    q, k, cu_seqlens, candidates, bias, prob, norms, code_out, block_count, block_sum,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_CANDIDATES: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -79,9 +79,9 @@ def _route_fwd_kernel(
         boundary = boundary & (tl.load(candidates + t, mask=on, other=0) != 0)
     code = tl.where(first, FIRST, tl.where(boundary, ORDINARY, 0))
     tl.store(prob + t, p, mask=on)
-    tl.store(cos_out + t, tl.where(pair, cos, 0.0), mask=on)
-    tl.store(inv_q_out + t, tl.where(pair, inv_q, 0.0), mask=on)
-    tl.store(inv_k_out + t, tl.where(pair, inv_k, 0.0), mask=on)
+    tl.store(norms + row, tl.where(pair, cos, 0.0), mask=on)
+    tl.store(norms + (row + T), tl.where(pair, inv_q, 0.0), mask=on)
+    tl.store(norms + (row + T + T), tl.where(pair, inv_k, 0.0), mask=on)
     tl.store(code_out + t, code.to(tl.int8), mask=on)
     tl.store(block_count + pid, tl.sum((code > 0).to(tl.int32)))
     tl.store(block_sum + pid, tl.sum(p))
@@ -89,7 +89,7 @@ def _route_fwd_kernel(
 
 @jit
 def _route_bwd_kernel(
-    q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
+    q, k, cu_seqlens, bias, mask, norms, dprob, dselected, dprob_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
     HAS_DSUM: tl.constexpr, HAS_DBIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,9 +108,10 @@ def _route_bwd_kernel(
         g += tl.where(tl.load(mask + t, mask=pair, other=0) != 0, d, -d)
     if HAS_DSUM:
         g += tl.load(dprob_sum + seq, mask=pair, other=0.0)
-    cos = tl.load(cos_in + t, mask=pair, other=0.0)
-    inv_q = tl.load(inv_q_in + t, mask=pair, other=0.0)
-    inv_k = tl.load(inv_k_in + t, mask=pair, other=0.0)
+    row = t.to(tl.int64)
+    cos = tl.load(norms + row, mask=pair, other=0.0)
+    inv_q = tl.load(norms + (row + T), mask=pair, other=0.0)
+    inv_k = tl.load(norms + (row + T + T), mask=pair, other=0.0)
     raw = (1.0 - cos) * 0.5
     if HAS_BIAS:
         scale = _scale(bias)
@@ -123,7 +124,6 @@ def _route_bwd_kernel(
     cross = g * inv_q * inv_k
     own_q = tl.where(inv_q < 1e12, -g * cos * inv_q * inv_q, 0.0)  # a norm at the floor is a constant
     own_k = tl.where(inv_k < 1e12, -g * cos * inv_k * inv_k, 0.0)
-    row = t.to(tl.int64)
     for d in range(0, D, BLOCK_D):
         c = d + tl.arange(0, BLOCK_D)
         col = (c < D)[None, :]
@@ -174,7 +174,7 @@ ROUTE_FWD = Kernel(
     _route_fwd_kernel,
     {
         "q": "*T", "k": "*T", "cu_seqlens": "*i32", "candidates": "*u8", "bias": "*fp32", "prob": "*fp32",
-        "cos_out": "*fp32", "inv_q_out": "*fp32", "inv_k_out": "*fp32", "code_out": "*i8", "block_count": "*i32",
+        "norms": "*fp32", "code_out": "*i8", "block_count": "*i32",
         "block_sum": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32", "k_stride": "i32",
     },
     _row_plan(HAS_CANDIDATES=False, HAS_BIAS=False),
@@ -182,8 +182,8 @@ ROUTE_FWD = Kernel(
 ROUTE_BWD = Kernel(
     _route_bwd_kernel,
     {
-        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "cos_in": "*fp32",
-        "inv_q_in": "*fp32", "inv_k_in": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
+        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "norms": "*fp32",
+        "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
         "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32",
         "k_stride": "i32",
     },
@@ -208,28 +208,27 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     q, k = rows(q), rows(k)
     cu_seqlens, candidates = dense(cu_seqlens, candidates)
-    prob, cos, inv_q, inv_k = (empty(q, T) for _ in range(4))
-    code = empty(q, T, dtype=torch.int8)
-    blocks = triton.cdiv(T, ROUTE_BLOCK)
+    prob, norms, code = empty(q, T), empty(q, 3, T), empty(q, T, dtype=torch.int8)
+    blocks = cdiv(T, ROUTE_BLOCK)
     block_count, block_sum = empty(q, blocks, dtype=torch.int32), empty(q, blocks)
     ROUTE_FWD.launch(
-        (blocks,), q, D, q, k, cu_seqlens, candidates, logit_bias, prob, cos, inv_q, inv_k, code, block_count,
-        block_sum, T, N, search_steps(N), stride(q), stride(k),
+        (blocks,), q, D, q, k, cu_seqlens, candidates, logit_bias, prob, norms, code, block_count, block_sum,
+        T, N, search_steps(N), stride(q), stride(k),
         HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
     )  # fmt: skip
-    return prob, *compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks), cos, inv_q, inv_k
+    return prob, *compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks), norms
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, dprob, dselected, dprob_sum, bias_grad):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, bias_grad):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     q, k = rows(q), rows(k)
-    cu_seqlens, mask, cos, inv_q, inv_k = dense(cu_seqlens, mask, cos, inv_q, inv_k)
+    cu_seqlens, mask, norms = dense(cu_seqlens, mask, norms)
     dq, dk = empty(q, T, D, dtype=q.dtype), empty(q, T, D, dtype=q.dtype)
-    blocks = triton.cdiv(T + 1, ROUTE_BLOCK) if T else 0
+    blocks = cdiv(T + 1, ROUTE_BLOCK) if T else 0
     dbias = empty(q, blocks) if bias_grad else None
     grads = dense(dprob, dselected, dprob_sum)
     ROUTE_BWD.launch(
-        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, cos, inv_q, inv_k, *grads, dq, dk, dbias,
+        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, norms, *grads, dq, dk, dbias,
         T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
         HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
     )  # fmt: skip
@@ -242,7 +241,7 @@ def route_step(q_prev, k, is_first, logit_bias, candidates):
     prob, selected, mask = empty(k, B), empty(k, B), empty(k, B, dtype=torch.bool)
     flags = dense(is_first, candidates)
     ROUTE_STEP.launch(
-        (triton.cdiv(B, ROUTE_BLOCK),), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, B,
+        (cdiv(B, ROUTE_BLOCK),), k, D, q_prev, k, *flags, logit_bias, prob, mask, selected, B,
         stride(q_prev), stride(k),
         HAS_FIRST=is_first is not None, HAS_CANDIDATES=candidates is not None, HAS_BIAS=logit_bias is not None,
     )  # fmt: skip
