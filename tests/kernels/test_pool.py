@@ -49,6 +49,48 @@ def test_budget_rows_are_zero(on, budget, mode):
     compare(on, PACKS["ragged"], "random", 33, torch.float32, mode, budget)
 
 
+@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("lengths", [[200], [64, 128], [70, 130, 1, 63], [5, 65, 192, 0, 3]], ids=str)
+def test_chunks_of_many_blocks(on, lengths, mode):
+    """Chunks longer than a block of the Triton kernels, which hand such blocks to programs of their own."""
+    compare(on, lengths, "none", 9, torch.float32, mode)
+    compare(on, lengths, "none", 9, torch.bfloat16, mode, sum(lengths))
+
+
+@pytest.mark.parametrize("at", [3, 70, 140, 199])
+def test_max_of_many_blocks_takes_the_first_of_equals_and_keeps_nan(on, at):
+    """The place of the maximum in the rows before, in and after the blocks inside a chunk; equals come later."""
+    backend, device = on
+    r = on_device(routing_with("none", [210], 3), device)
+    x = rand(210, 4).clamp(max=1.0)
+    x[:, 2], x[:, 3] = float("-inf"), 0.5
+    x[at:, 0], x[at, 1], x[at + 5, 1], x[at + 3 :, 3] = 2.0, float("nan"), 5.0, 0.5
+    x = leaf(x.to(device))
+    z = hk.pool(x, r, "max", backend=backend)
+    assert z[0, [0, 2, 3]].tolist() == [2.0, float("-inf"), 0.5]
+    assert z[0, 1].isnan()
+    assert (z[1:] == 0).all()
+    z.backward(torch.ones_like(z))
+    assert x.grad.nonzero().tolist() == sorted([[at, 0], [at, 1], [0, 2], [0, 3]])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_past_the_last_sequence_get_no_gradient(on, mode):
+    backend, device = on
+    r = routing_with("random", [40, 100])
+    last, rows = int(r.chunk_index[-1]), 200
+    r = r._replace(chunk_index=torch.nn.functional.pad(r.chunk_index, (0, rows), value=last))
+    x = torch.full((140 + rows, 9), float("nan"))
+    x[:140] = rand(140, 9)
+    x = leaf(x.to(device))
+    z = hk.pool(x, on_device(r, device), mode, backend=backend)
+    assert z.isfinite().all()
+    z.backward(torch.ones_like(z))
+    assert (x.grad[140:] == 0).all()
+    assert x.grad.isfinite().all()
+    assert (x.grad[:140] != 0).any()
+
+
 def test_max_takes_the_first_of_equals_and_keeps_nan(on):
     backend, device = on
     r = on_device(routing_with("none", [4]), device)
