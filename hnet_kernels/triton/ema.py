@@ -5,6 +5,8 @@ Three launches each way: what a tile of BLOCK_T positions adds to a state that e
 the tile again, now with that state. Inside a tile the recurrence is a product with the lower-triangular matrix
 W[i, j] = a_{j+1} ... a_i, made by a cumulative product, so weights of exactly 0 and 1 are exact. The backward runs
 g_t = dy_t + a_{t+1} g_{t+1} through the same kernels, with W transposed.
+
+A weight of exactly 0 takes nothing over, not even what is not finite: that stays in its sequence.
 """
 
 from __future__ import annotations
@@ -13,9 +15,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import Kernel, block_columns, dense, dot_precision, empty, jit, rows, search_steps, sequence_of, stride
+from .common import (
+    Kernel,
+    block_columns,
+    cdiv,
+    dense,
+    dot_precision,
+    empty,
+    jit,
+    rows,
+    search_steps,
+    sequence_of,
+    stride,
+)
 
 BLOCK_T = 32  # positions of a tile
+INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -28,14 +43,34 @@ def _decay_matrix(a, LAG: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product(w, x, PRECISION: tl.constexpr):
+    """w @ x, where a weight of 0 takes nothing over. A row that takes over one that is not finite is NaN in the columns
+    where any row is not."""
+    finite = tl.abs(x) < INF
+    lost = tl.where(finite, 0.0, 1.0)
+    touched = tl.max(tl.where(w != 0.0, tl.max(lost, 1)[None, :], 0.0), 1)
+    in_columns = tl.max(lost, 0)
+    out = tl.dot(w, tl.where(finite, x, 0.0), input_precision=PRECISION)
+    return tl.where((touched[:, None] > 0.0) & (in_columns[None, :] > 0.0), float("nan"), out)
+
+
+@triton.jit
+def _times(w, x):
+    """w x, 0 where w is"""
+    return tl.where(w != 0.0, w * x, 0.0)
+
+
+@triton.jit
 def _weights(p, cu_seqlens, t, T, N, steps):
-    """p and a at positions t, their sequence, and which of them start and end one"""
+    """p and a at positions t, their sequence, and which of them start and end one. A p that is not finite shows in its
+    row; its a must be, to multiply others."""
     on = t < T
     seq = sequence_of(t, cu_seqlens, N, steps)
     first = on & (t == tl.load(cu_seqlens + seq, mask=on, other=-1))
     last = on & (t + 1 == tl.load(cu_seqlens + seq + 1, mask=on, other=-1))
     pt = tl.load(p + t, mask=on, other=0.0)
-    return pt, tl.where(first, 0.0, 1.0 - pt), seq, first, last
+    a = tl.where(tl.abs(pt) < INF, 1.0 - pt, 1.0)
+    return pt, tl.where(first, 0.0, a), seq, first, last
 
 
 @triton.jit
@@ -80,7 +115,7 @@ def _ema_tile_kernel(
         w = tl.cumprod(a_next, 0, reverse=True)
     total = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, tl.cumprod(a, 0), 0.0))
     tl.store(decay + pid, total)
-    tl.store(added + pid.to(tl.int64) * D + c, tl.sum(v * w[:, None], 0), mask=c < D)
+    tl.store(added + pid.to(tl.int64) * D + c, tl.sum(_times(w[:, None], v), 0), mask=c < D)
 
 
 @jit
@@ -100,10 +135,7 @@ def _ema_carry_kernel(
         on = i < tiles
         d = tl.load(decay + tile, mask=on, other=1.0)
         v = tl.load(added + tile.to(tl.int64)[:, None] * D + c[None, :], mask=on[:, None] & col, other=0.0)
-        after = (
-            tl.dot(_decay_matrix(d, 0, BLOCK), v, input_precision=PRECISION)
-            + tl.cumprod(d, 0)[:, None] * state[None, :]
-        )
+        after = _product(_decay_matrix(d, 0, BLOCK), v, PRECISION) + _times(tl.cumprod(d, 0)[:, None], state[None, :])
         following = tile + 1
         if REVERSE:
             following = tile - 1
@@ -130,7 +162,7 @@ def _ema_fwd_kernel(
     pt, a, seq, first, last = _weights(p, cu_seqlens, t, T, N, steps)
     x = _input(z, pt, initial, t, c, seq, first, on, z_stride, D, HAS_INITIAL)
     enter = tl.load(carry + pid.to(tl.int64) * D + c, mask=c < D, other=0.0)
-    out = tl.dot(_decay_matrix(a, 0, BLOCK), x, input_precision=PRECISION) + tl.cumprod(a, 0)[:, None] * enter[None, :]
+    out = _product(_decay_matrix(a, 0, BLOCK), x, PRECISION) + _times(tl.cumprod(a, 0)[:, None], enter[None, :])
     tl.store(y + t.to(tl.int64)[:, None] * D + c[None, :], out, mask=m)
     tl.store(final + seq.to(tl.int64)[:, None] * D + c[None, :], out, mask=m & last[:, None])
 
@@ -155,8 +187,8 @@ def _ema_bwd_kernel(
     _, a_next, _, _, _ = _weights(p, cu_seqlens, t + 1, T, N, steps)
     a_next = tl.where((t + 1 < T) & (i + 1 < BLOCK), a_next, 1.0)
     d = _output_gradient(dy, dfinal, t, c, seq, last, on, dy_stride, D, HAS_DFINAL)
-    g = tl.dot(tl.trans(_decay_matrix(a, 0, BLOCK)), d, input_precision=PRECISION)
-    g += tl.cumprod(a_next, 0, reverse=True)[:, None] * tl.load(carry_g + at, mask=c < D, other=0.0)[None, :]
+    g = _product(tl.trans(_decay_matrix(a, 0, BLOCK)), d, PRECISION)
+    g += _times(tl.cumprod(a_next, 0, reverse=True)[:, None], tl.load(carry_g + at, mask=c < D, other=0.0)[None, :])
     rows = t.to(tl.int64)[:, None]
     tl.store(dz + rows * D + c[None, :], pt[:, None] * g, mask=m)
 
@@ -164,8 +196,8 @@ def _ema_bwd_kernel(
     x = _input(z, pt, initial, t, c, seq, first, on, z_stride, D, HAS_INITIAL)
     _, a_before, _, _, _ = _weights(p, cu_seqlens, tl.maximum(t - 1, 0), T, N, steps)
     a_before = tl.where(i > 0, a_before, 1.0)
-    before = tl.dot(_decay_matrix(a_before, 1, BLOCK), x, input_precision=PRECISION)
-    before += tl.cumprod(a_before, 0)[:, None] * tl.load(carry + at, mask=c < D, other=0.0)[None, :]
+    before = _product(_decay_matrix(a_before, 1, BLOCK), x, PRECISION)
+    before += _times(tl.cumprod(a_before, 0)[:, None], tl.load(carry + at, mask=c < D, other=0.0)[None, :])
     before = tl.where(first[:, None], 0.0, before)
     edge = seq.to(tl.int64)[:, None] * D + c[None, :]
     if HAS_INITIAL:
@@ -180,7 +212,7 @@ def _ema_bwd_kernel(
 
 def _plan(precise: bool, **constexprs):
     def plan(D, dtype, gpu):
-        width, warps = (64, 4) if gpu == "gfx942" else (128, 8)
+        width, warps = (32, 4) if gpu == "gfx942" else (128, 8)
         constants = {"D": D, **constexprs, "BLOCK": BLOCK_T, "BLOCK_D": block_columns(D, width)}
         return constants | ({"PRECISION": dot_precision(gpu)} if precise else {}), {"num_warps": warps, "num_stages": 1}
 
@@ -189,7 +221,7 @@ def _plan(precise: bool, **constexprs):
 
 def _carry_plan(reverse: bool):
     def plan(D, dtype, gpu):
-        constants = {"D": D, "REVERSE": reverse, "PRECISION": dot_precision(gpu), "BLOCK": 64}
+        constants = {"D": D, "REVERSE": reverse, "PRECISION": dot_precision(gpu), "BLOCK": 32}
         return constants | {"BLOCK_D": block_columns(D, 32)}, {"num_warps": 8, "num_stages": 1}
 
     return plan
@@ -211,6 +243,7 @@ FWD = Kernel(
         "final": "*fp32", **SIZES, "z_stride": "i32",
     },
     _plan(True, HAS_INITIAL=True),
+    few_warps=NO_TRAINING,
 )  # fmt: skip
 BWD = Kernel(
     _ema_bwd_kernel,
@@ -233,13 +266,13 @@ KERNELS = {
 
 
 def _columns(kernel, x):
-    return triton.cdiv(x.shape[1], kernel.blocks(x, x.shape[1])["BLOCK_D"])
+    return cdiv(x.shape[1], kernel.blocks(x, x.shape[1])["BLOCK_D"])
 
 
 def _entering(x, p, cu_seqlens, edge, reverse):
     """(tiles, D) fp32: the state entering every tile."""
     (T, D), N = x.shape, cu_seqlens.shape[0] - 1
-    tiles = triton.cdiv(T, BLOCK_T)
+    tiles = cdiv(T, BLOCK_T)
     decay, added, carry = empty(x, tiles), empty(x, tiles, D), empty(x, tiles, D)
     TILE[reverse].launch(
         (tiles, _columns(TILE[reverse], x)), x, D, x, p, cu_seqlens, edge, decay, added, T, N, search_steps(N),

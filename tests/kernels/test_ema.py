@@ -87,6 +87,41 @@ def test_split_equals_whole(on):
     assert_close(torch.cat([a, b]), whole, 1e-6)
 
 
+@pytest.mark.parametrize("where", ["rows", "weights", "state"])
+@pytest.mark.parametrize("kind", ["any", "small"])
+def test_what_is_not_finite_stays_in_its_sequence(native, kind, where):
+    """NaN and infinities in the sequence of positions 38 to 187 and in the gradients that come back to it: the others
+    get the same bits as without."""
+    backend, device = native
+    lengths, others = PACKS["ragged"], [0, 1, 2, 4, 5, 6]
+    z, p, state = rand(254, 33), weights(254, kind), rand(7, 33, seed=1)
+    dy, dfinal = rand(254, 33, seed=2), rand(7, 33, seed=3)
+
+    def results():
+        def f(z, p, state):
+            return hk.ema(z, p, cu_of(lengths, device), state, return_final_state=True, backend=backend)
+
+        return gradients(f, *(x.to(device) for x in (z, p, state, dy, dfinal)))
+
+    clean = results()
+    if where == "rows":
+        z[38], z[100, 3], z[187, 7] = float("nan"), float("inf"), float("-inf")
+        dy[60], dy[187, 2] = float("inf"), float("nan")
+    elif where == "weights":
+        p[40], p[120], p[187] = float("nan"), float("inf"), float("nan")
+    else:
+        state[3, ::2], dfinal[3, 1::2] = float("inf"), float("nan")
+    dirty = results()
+    assert not dirty[0][38:188].isfinite().all()
+    assert not dirty[2][38:188].isfinite().all()
+    for name, a, b in zip(("y", "final", "dz", "dp", "dstate"), clean, dirty, strict=True):
+        if a.shape[0] == 7:
+            assert torch.equal(a[others], b[others]), name
+        else:
+            assert torch.equal(a[:38], b[:38]), name
+            assert torch.equal(a[188:], b[188:]), name
+
+
 def test_gradcheck_reference():
     cu = cu_of([1, 0, 6, 4])
     args = rand(11, 3, dtype=torch.float64), weights(11, "any").double(), rand(4, 3, dtype=torch.float64, seed=1)

@@ -212,6 +212,33 @@ def test_large_norms_and_long_rows_keep_precision(on):
     check(run(on, q * 1000, k, cu), oracle.route(q * 1000, k, cu))
 
 
+@pytest.mark.parametrize("bias", [None, 0.4])
+def test_what_is_not_finite_stays_in_its_sequence(native, bias):
+    """NaN and infinite rows and gradients at positions 38 to 187: the other sequences get the same bits as without."""
+    backend, device = native
+    q, k = (x.to(device) for x in qk_with_rate(254, 33, 0.3))
+    grads = [rand(254, seed=1).to(device), rand(254, seed=2).to(device), rand(7, seed=3).to(device)]
+
+    def results():
+        a, b = leaf(q), leaf(k)
+        r = hk.route(a, b, cu_of(PACKS["ragged"], device), logit_bias=bias, backend=backend)
+        outs = r.boundary_prob, r.selected_prob, r.prob_sum
+        return r, torch.autograd.grad(outs, (a, b), grads)
+
+    clean, dclean = results()
+    q[38], q[150, 3], k[187, 5], k[60] = float("nan"), float("inf"), float("-inf"), float("nan")
+    grads[0][100], grads[1][110], grads[2][3] = float("inf"), float("nan"), float("nan")
+    dirty, ddirty = results()
+    by_position = clean.boundary_prob, clean.boundary_mask, clean.selected_prob, *dclean
+    for a, b in zip(by_position, (dirty.boundary_prob, dirty.boundary_mask, dirty.selected_prob, *ddirty), strict=True):
+        assert torch.equal(a[:38], b[:38])
+        assert torch.equal(a[188:], b[188:])
+        assert b.dtype == torch.bool or not b[38:188].isfinite().all()
+    assert torch.equal(clean.cu_chunks.diff()[[0, 1, 2, 4, 5, 6]], dirty.cu_chunks.diff()[[0, 1, 2, 4, 5, 6]])
+    assert torch.equal(clean.prob_sum[[0, 1, 2, 4, 5, 6]], dirty.prob_sum[[0, 1, 2, 4, 5, 6]])
+    assert dirty.prob_sum[3].isnan()
+
+
 def test_gradcheck_reference():
     cu = cu_of([1, 5, 3])
     q, k = qk_with_rate(9, 4, 0.4, torch.float64)
