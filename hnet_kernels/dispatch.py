@@ -1,8 +1,10 @@
 """Which backend runs a call.
 
 `reference` is plain PyTorch, `cpu` the native extension, `triton` and `cuda` the GPU kernels. `auto`, the default,
-takes the first usable of cuda/triton/cpu and else the reference. A backend named by hand is never replaced: if it
-cannot run, `resolve` raises and lists the reason of every backend.
+takes the first usable of triton/cuda/cpu and else the reference; HNET_KERNELS_PREFER, a list like "cuda:route", puts a
+GPU backend first for the ops it names. A backend named by hand is never replaced: if it cannot run, `resolve` raises
+and lists the reason of every backend. `cuda` for all that a block calls means CUDA C++ where an op has it and Triton
+where it has not; in a call of one op it means that op's CUDA kernel.
 """
 
 from __future__ import annotations
@@ -35,20 +37,36 @@ def _check_name(name: str, where: str) -> str:
 _active = _check_name(os.environ.get("HNET_KERNELS_BACKEND", "auto"), "HNET_KERNELS_BACKEND")
 
 
+def preferences(text: str) -> dict[str, str]:
+    """Op to backend, from HNET_KERNELS_PREFER: "cuda:route,cuda:dechunk_step"."""
+    found = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, op = item.partition(":")
+        if name not in ("triton", "cuda") or op not in CUDA_OPS:
+            raise ValueError(
+                "HNET_KERNELS_PREFER must be a list of cuda:OP or triton:OP, with OP one of "
+                f"{', '.join(sorted(CUDA_OPS))}, got {item!r}"
+            )
+        found[op] = name
+    return found
+
+
+_preferred = dict.fromkeys(CUDA_PREFERRED, "cuda") | preferences(os.environ.get("HNET_KERNELS_PREFER", ""))
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use backend `name` for every call inside the `with` block that does not name one itself."""
+    """Use backend `name` for every call inside the `with` block that does not name one itself.
+
+    "cuda" is CUDA C++ for the ops that have it (route, route_step, dechunk_step) and Triton for the others, so that a
+    whole model can run with it.
+    """
     global _active
     previous, _active = _active, _check_name(name, "backend")
     try:
         yield
     finally:
         _active = previous
-
-
-def in_force() -> str:
-    """The name the innermost `backend(...)` block set, else HNET_KERNELS_BACKEND, else "auto"."""
-    return _active
 
 
 @functools.cache
@@ -106,13 +124,14 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
     return None
 
 
-def _choose(name: str, op: str, device_type: str, dtype: torch.dtype) -> str:
+def _choose(name: str, op: str, device_type: str, dtype: torch.dtype, of_many: bool) -> str:
     if name != "auto":
-        if why_not(name, op, device_type, dtype) is None:
-            return name
+        runs = "triton" if name == "cuda" and of_many and op not in CUDA_OPS else name
+        if why_not(runs, op, device_type, dtype) is None:
+            return runs
         reasons = "".join(f"\n  {b}: {why_not(b, op, device_type, dtype) or 'usable'}" for b in BACKENDS)
         raise RuntimeError(f"backend {name!r} cannot run {op} here:{reasons}")
-    order: tuple[str, ...] = ("cuda", "triton", "cpu") if op in CUDA_PREFERRED else ("triton", "cuda", "cpu")
+    order: tuple[str, ...] = ("cuda", "triton", "cpu") if _preferred.get(op) == "cuda" else ("triton", "cuda", "cpu")
     if device_type == "cpu":
         order = ("cpu",)  # the interpreter is for proving kernels, never a default
     return next((b for b in order if why_not(b, op, device_type, dtype) is None), "reference")
@@ -129,5 +148,6 @@ def resolve(name: str | None, op: str, x: Tensor) -> str:
         ValueError: `name` is not a backend.
         RuntimeError: the backend named cannot run here; the message has the reason of each.
     """
-    name = _active if name is None else _check_name(name, "backend")
-    return _choose(name, op, x.device.type, x.dtype)
+    if name is None:
+        return _choose(_active, op, x.device.type, x.dtype, True)
+    return _choose(_check_name(name, "backend"), op, x.device.type, x.dtype, False)

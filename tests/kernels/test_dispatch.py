@@ -48,18 +48,69 @@ def test_a_named_backend_never_falls_back_and_lists_every_reason():
 
 def test_environment_variable():
     def run(value):
-        code = "import torch, hnet_kernels.dispatch as d; print(d.resolve(None, 'route', torch.empty(1)))"
+        code = "import torch, hnet_kernels.dispatch as d; print(d.resolve(None, 'route', torch.empty(1)), d._preferred)"
         return subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "HNET_KERNELS_BACKEND": value},
+            env={**os.environ, "HNET_KERNELS_BACKEND": value, "HNET_KERNELS_PREFER": "cuda:route"},
             capture_output=True,
             text=True,
         )
 
-    assert run("reference").stdout.strip() == "reference"
+    assert run("reference").stdout.strip() == "reference {'route': 'cuda'}"
     bad = run("fast")
     assert bad.returncode != 0
     assert "HNET_KERNELS_BACKEND must be one of" in bad.stderr
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Every backend but the CPU's runs on a GPU, as far as anybody asks."""
+    monkeypatch.setattr(
+        dispatch, "why_not", lambda name, op, device, dtype: None if name != "cuda" or op in dispatch.CUDA_OPS else "no"
+    )
+
+
+def chosen_on_a_gpu(op, backend=None):
+    return dispatch._choose(backend or dispatch._active, op, "cuda", torch.float32, backend is None)
+
+
+def test_cuda_for_many_ops_is_triton_where_there_is_no_cuda_kernel(gpu):
+    with hk.backend("cuda"):
+        found = {op: chosen_on_a_gpu(op) for op in ("route", "route_step", "dechunk_step", "pool", "dechunk", "ema")}
+    assert found == {
+        "route": "cuda",
+        "route_step": "cuda",
+        "dechunk_step": "cuda",
+        "pool": "triton",
+        "dechunk": "triton",
+        "ema": "triton",
+    }
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run pool here"):
+        chosen_on_a_gpu("pool", "cuda")
+
+
+def test_cuda_that_cannot_run_is_not_replaced():
+    q, k = qk_with_rate(8, 4, 0.3)
+    r = hk.route(q, k, cu_of([8]))
+    with hk.backend("cuda"):
+        for call in (lambda: hk.route(q, k, cu_of([8])), lambda: hk.pool(q, r), lambda: hk.ratio_loss(r, 2.0)):
+            with pytest.raises(RuntimeError, match="backend 'cuda' cannot run .* here"):
+                call()
+
+
+def test_auto_prefers_what_it_is_told_to(gpu, monkeypatch):
+    ops = ("route", "route_step", "dechunk_step", "pool")
+    assert [chosen_on_a_gpu(op) for op in ops] == ["triton"] * 4
+    monkeypatch.setattr(dispatch, "_preferred", dispatch.preferences("cuda:route, cuda:dechunk_step,triton:route_step"))
+    assert [chosen_on_a_gpu(op) for op in ops] == ["cuda", "triton", "cuda", "triton"]
+    with hk.backend("triton"):
+        assert chosen_on_a_gpu("route") == "triton"  # a name is an order
+
+
+@pytest.mark.parametrize("text", ["cuda", "route", "cuda:pool", "cpu:route", "cuda:route;cuda:route_step", "cuda:"])
+def test_preferences_that_are_none(text):
+    with pytest.raises(ValueError, match=r"HNET_KERNELS_PREFER must be a list of cuda:OP or triton:OP, .* got '"):
+        dispatch.preferences(text)
 
 
 @pytest.mark.slow
