@@ -10,9 +10,10 @@ LEAST a launch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,10 +21,13 @@ import torch
 import triton
 from torch import Tensor
 
-from hnet_kernels.triton import aot, common, dechunk, ema, pool, ratio_loss, routing
+import hnet_kernels as hk
+from hnet_kernels import dispatch, validation
+from hnet_kernels.triton import aot, common
 
 from . import harness, stage, table
-from .shapes import Shape
+from .harness import Pass
+from .shapes import Shape, ragged
 
 TARGET = "sm_90"
 BANDWIDTH = 4.3e12  # bytes a second that a copy moves on an H200
@@ -47,7 +51,8 @@ class Usage(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Kernels are planned for TARGET and written down; nothing runs, so tensors may be of any size."""
+    """Calls go to Triton as on a GPU, planned for TARGET. Kernels are written down and nothing runs, so tensors may
+    hold anything and be of any size."""
     names = {id(kernel): name for name, kernel in aot.kernels().items()}
     found: list[Launch] = []
 
@@ -55,68 +60,86 @@ def recorded() -> Iterator[list[Launch]]:
         given = dict(zip(kernel.args, args, strict=True))
         found.append(Launch(names[id(kernel)], D, {n: x.nbytes for n, x in given.items() if isinstance(x, Tensor)}))
 
-    patch = mock.patch.object
-    with patch(common.Kernel, "launch", record), patch(common, "target", return_value=TARGET):
+    with ExitStack() as stack:
+        patches = [
+            (common.Kernel, "launch", record), (common, "target", lambda device: TARGET),
+            (dispatch, "why_not", lambda *call: None),
+            *((module, "readable", lambda x: False) for module in (validation, sys.modules["hnet_kernels.dechunk"])),
+        ]  # fmt: skip
+        for place, name, value in patches:
+            stack.enter_context(mock.patch.object(place, name, value))
+        stack.enter_context(hk.backend("triton"))
         yield found
 
 
 class Op(NamedTuple):
-    minimal: int  # bytes: every input read once, every output written once
-    run: Callable[[], object]
-    share_of_x: float = 1.0  # of the rows of x, what is read
+    minimal: tuple[int, int]  # bytes, forward and backward: every input read once, every output written once
+    run: Pass
+    share_of_x: float = 1.0  # of the rows of x, what the forward reads
 
 
-def ops(shape: Shape) -> dict[tuple[str, str], Op]:
-    """By name and direction."""
+def ops(shape: Shape) -> dict[str, Op]:
+    """To be called, and run, while `recorded`."""
     T, D, chunk, N = shape
-    M, s = T // chunk, DTYPE.itemsize
+    M, s, cu = T // chunk, DTYPE.itemsize, ragged(T, N)
 
-    def i32(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32)
+    def leaf(*size: int, dtype: torch.dtype = DTYPE) -> Tensor:
+        return torch.empty(size, dtype=dtype, requires_grad=True)
 
     def fp32(*size: int) -> Tensor:
-        return torch.empty(size)
+        return leaf(*size, dtype=torch.float32)
 
-    def rows(n: int) -> Tensor:
-        return torch.empty(n, D, dtype=DTYPE)
+    def of(outs: Any, *leaves: Tensor) -> object:
+        """The gradient of all outputs"""
+        return torch.autograd.grad(outs, leaves, [torch.empty_like(out) for out in outs])
 
-    # chunk_start, chunk_index, cu_chunks, cu_seqlens
-    layout = i32(M), i32(T), i32(N + 1), i32(N + 1)
+    q, k, x, z = leaf(T, D), leaf(T, D), leaf(T, D), leaf(M, D)
+    p, c, p_ema, sums = fp32(T), fp32(T), fp32(T), fp32(N)
+    r = hk.route(q.detach(), k.detach(), cu, max_chunks=M)._replace(boundary_prob=p, selected_prob=c, prob_sum=sums)
     count, wide = stage.bytes_of(T, M, D, s), stage.bytes_of(T, M, D, s, residual=4)
-    mask = torch.empty(T, dtype=torch.bool)
 
-    def route(budget: int) -> Callable[[], object]:
-        return lambda: routing.route(rows(T), rows(T), layout[3], None, None, budget, False)
+    def route(budget: int) -> Pass:
+        return Pass(
+            lambda i: hk.route(q, k, cu, max_chunks=budget),
+            lambda i, out: of((out.boundary_prob, out.selected_prob, out.prob_sum), q, k),
+        )
 
-    def route_bwd() -> object:
-        found = fp32(3, T), fp32(T), fp32(T), fp32(N)
-        return routing.route_bwd(rows(T), rows(T), layout[3], None, mask, *found, False)
+    def dechunk(residual: Tensor) -> Pass:
+        return Pass(
+            lambda i: hk.dechunk(z, r, residual), lambda i, out: of((out,), z, residual, p, c)
+        )  # fmt: skip
 
-    def dechunk_fwd(residual: torch.dtype) -> Callable[[], object]:
-        res = torch.empty(T, D, dtype=residual)
-        return lambda: dechunk.dechunk(rows(M), fp32(T), fp32(T), *layout, res, True)
-
-    def dechunk_bwd(residual: torch.dtype) -> Callable[[], object]:
-        return lambda: dechunk.dechunk_bwd(rows(T), fp32(M, D), fp32(T), *layout, residual)
-
-    return {
-        ("route", "forward"): Op(count["route"][0], route(T)),
-        ("route, dropping half", "forward"): Op(count["route"][0] - 2 * M, route(M // 2)),
-        ("route", "backward"): Op(count["route"][1], route_bwd),
-        ("pool", "forward"): Op(count["pool"][0], lambda: pool.pool(rows(T), *layout, "boundary"), M / T),
-        ("pool", "backward"): Op(count["pool"][1], lambda: pool.pool_bwd(rows(M), None, *layout, T, "boundary")),
-        ("dechunk", "forward"): Op(count["dechunk"][0], dechunk_fwd(DTYPE)),
-        ("dechunk", "backward"): Op(count["dechunk"][1], dechunk_bwd(DTYPE)),
-        ("dechunk, fp32 residual", "forward"): Op(wide["dechunk"][0], dechunk_fwd(torch.float32)),
-        ("dechunk, fp32 residual", "backward"): Op(wide["dechunk"][1], dechunk_bwd(torch.float32)),
-        ("ema", "forward"): Op(2 * T * D * s + 4 * T, lambda: ema.ema(rows(T), fp32(T), layout[3], None)),
-        ("ema", "backward"): Op(
-            3 * T * D * s + 8 * T, lambda: ema.ema_bwd(rows(T), None, rows(T), fp32(T), layout[3], None)
+    found = {
+        "route": Op(count["route"], route(T)),
+        "route, dropping half": Op((count["route"][0] - 2 * M, count["route"][1]), route(M // 2)),
+        "pool": Op(count["pool"], Pass(lambda i: hk.pool(x, r), lambda i, out: of((out,), x)), M / T),
+        "dechunk": Op(count["dechunk"], dechunk(leaf(T, D))),
+        "dechunk, fp32 residual": Op(wide["dechunk"], dechunk(fp32(T, D))),
+        "ema": Op(
+            (2 * T * D * s + 4 * T, 3 * T * D * s + 8 * T),
+            Pass(lambda i: hk.ema(x, p_ema, cu), lambda i, out: of((out,), x, p_ema)),
         ),
-        ("ratio_loss", "forward"): Op(
-            12 * N, lambda: ratio_loss.ratio_loss(fp32(N), layout[3], layout[2], 6.0, False, False)
-        ),
+        "ratio_loss": Op((12 * N, 8 * N), Pass(lambda i: hk.ratio_loss(r, 6.0), lambda i, out: of((out,), sums))),
     }
+    if hasattr(hk, "mamba2"):
+        found["mamba2"] = mamba2(T, D, cu, leaf, fp32, of)
+    return found
+
+
+def mamba2(T: int, D: int, cu: Tensor, leaf: Any, fp32: Any, of: Any) -> Op:
+    """A layer of width D, expanded twice, heads of 64 channels, 128 states, between its projections."""
+    inner, states, heads = 2 * D, 128, 2 * D // 64
+    channels = inner + 2 * states
+    width, s = inner + channels + heads, DTYPE.itemsize
+    zxbcdt = leaf(T, width)
+    parameters = fp32(channels, 4), fp32(channels), fp32(heads), fp32(heads), fp32(heads), fp32(inner)
+    return Op(
+        (s * T * (width + inner), s * T * (2 * width + inner)),
+        Pass(
+            lambda i: hk.mamba2(zxbcdt, *parameters, cu),
+            lambda i, out: of((out,), zxbcdt, *parameters),
+        ),
+    )
 
 
 def written(op: Op, launches: list[Launch]) -> list[int]:
@@ -130,36 +153,40 @@ def usage(kernel: str, D: int) -> Usage:
     return Usage(report.registers, options["num_warps"], report.resident)
 
 
-def traced(shape: Shape) -> dict[tuple[str, str], tuple[Op, list[Launch]]]:
+def traced(shape: Shape) -> dict[tuple[str, str], tuple[int, list[int], list[Launch]]]:
+    """By op and direction: minimal bytes, and bytes of each launch, and the launches. A loss's backward has none."""
     found = {}
-    for name, op in ops(shape).items():
-        with recorded() as launches:
-            op.run()
-        found[name] = op, launches
+    with recorded() as launches:
+        for name, op in ops(shape).items():
+            launches.clear()
+            out = op.run.forward(0)
+            forward = list(launches)
+            launches.clear()
+            op.run.backward(0, out)
+            found[name, "forward"] = op.minimal[0], written(op, forward), forward
+            if launches:
+                found[name, "backward"] = op.minimal[1], written(op._replace(share_of_x=1.0), launches), list(launches)
     return found
 
 
 def predict(shape: Shape = SHAPE) -> list[dict]:
     """A row for each op and direction."""
     found = traced(shape)
-    planned = list(dict.fromkeys((launch.kernel, launch.D) for _, launches in found.values() for launch in launches))
+    planned = list(dict.fromkeys((x.kernel, x.D) for _, _, launches in found.values() for x in launches))
     with ProcessPoolExecutor() as processes:
         used = dict(zip(planned, processes.map(usage, *zip(*planned, strict=True)), strict=True))
-    rows = []
-    for (name, direction), (op, launches) in found.items():
-        sizes = written(op, launches)
-        rows.append(
-            {
-                "op": name, "direction": direction, "T": shape.T, "D": shape.D, "chunk": shape.chunk, "N": shape.N,
-                "dtype": "bfloat16", "minimal_bytes": op.minimal, "bytes": sum(sizes),
-                "launches": [
-                    {"kernel": launch.kernel, "bytes": size, **used[launch.kernel, launch.D]._asdict()}
-                    for launch, size in zip(launches, sizes, strict=True)
-                ],
-                "seconds": sum(max(size / (SHARE * BANDWIDTH), LEAST) for size in sizes),
-            }
-        )  # fmt: skip
-    return rows
+    return [
+        {
+            "op": name, "direction": direction, "T": shape.T, "D": shape.D, "chunk": shape.chunk, "N": shape.N,
+            "dtype": "bfloat16", "minimal_bytes": minimal, "bytes": sum(sizes),
+            "launches": [
+                {"kernel": x.kernel, "bytes": size, **used[x.kernel, x.D]._asdict()}
+                for x, size in zip(launches, sizes, strict=True)
+            ],
+            "seconds": sum(max(size / (SHARE * BANDWIDTH), LEAST) for size in sizes),
+        }
+        for (name, direction), (minimal, sizes, launches) in found.items()
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -159,6 +159,8 @@ def predicted_section(data: dict) -> str:
         f"a thread x warps of a block, and how many warps fit on a multiprocessor, of 64: as compiled for "
         f"{m['target']} by Triton {m['triton']}."
     )
+    if any(r["op"] == "mamba2" for r in rows):
+        about += " The products of a mamba2 layer take time besides."
     return "\n".join([*lines, "", about, ""])
 
 

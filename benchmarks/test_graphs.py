@@ -95,6 +95,22 @@ def leaves(device: str, *sizes: tuple[int, int, torch.dtype]) -> list[torch.Tens
     return [rows(n, D, dtype, device, True) for n, D, dtype in sizes]
 
 
+def mamba2(shape: Shape, device: str) -> Case:
+    """A layer of width D between its projections, expanded twice, heads of 64 channels, 128 states."""
+    T, D, _, N = shape
+    inner, states, heads = 2 * D, 128, 2 * D // 64
+    channels = inner + 2 * states
+    width = inner + channels + heads
+    cu, (zxbcdt,), dout = ragged(T, N).to(device), leaves(device, (T, width, DTYPE)), rows(T, inner, DTYPE, device)
+    sizes = (channels, 4), (channels,), (heads,), (heads,), (heads,), (inner,)
+    parameters = [(torch.randn(size, device=device) / 4).requires_grad_() for size in sizes]
+    ours = Pass(
+        lambda i: hk.mamba2(zxbcdt, *parameters, cu),
+        lambda i, out: torch.autograd.grad(out, (zxbcdt, *parameters), dout),
+    )
+    return {"ours": ours}, T, 2 * T * (width + inner), 2 * T * (2 * width + inner)
+
+
 FORMS: dict[str, Callable[[Shape, str], Case]] = {
     "route": route,
     "route, dropping half": lambda s, device: route(s, device, drop=True),
@@ -103,6 +119,7 @@ FORMS: dict[str, Callable[[Shape, str], Case]] = {
     "dechunk, fp32 residual": lambda s, device: dechunk(s, device, torch.float32),
     "dechunk, one long chunk": lambda s, device: dechunk(s, device, torch.float32, long=True),
     "round trip": round_trip,
+    **({"mamba2": mamba2} if hasattr(hk, "mamba2") else {}),
 }
 
 
