@@ -192,6 +192,84 @@ PYBIND11_MODULE(_C, m) {
       ARGS);
 
   m.def(
+      "rms_norm_fwd",
+      [](int dtype, ptr x, i64 x_stride, ptr residual, i64 residual_stride, ptr weight, i64 T, i64 D, float eps, ptr h, ptr sum,
+         ptr inv_rms, int threads) {
+        RmsNorm a{};
+        a.x = rows(x, x_stride), a.residual = rows(residual, residual_stride), a.weight = as<float>(weight);
+        a.T = T, a.D = D, a.eps = eps, a.h = rows(h, D), a.sum = rows(sum, D), a.inv_rms = as<float>(inv_rms);
+        kernels().rms_norm_fwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+  m.def(
+      "rms_norm_bwd",
+      [](int dtype, ptr dh, i64 dh_stride, ptr dsum, i64 dsum_stride, ptr sum, i64 sum_stride, ptr inv_rms, ptr weight, i64 T, i64 D,
+         ptr dx, ptr dresidual, ptr dweight, int threads) {
+        RmsNorm a{};
+        a.dh = rows(dh, dh_stride), a.dsum = rows(dsum, dsum_stride), a.sum = rows(sum, sum_stride);
+        a.inv_rms = as<float>(inv_rms), a.weight = as<float>(weight), a.T = T, a.D = D;
+        a.dx = rows(dx, D), a.dresidual = rows(dresidual, D), a.dweight = as<float>(dweight);
+        kernels().rms_norm_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "gated_conv_fwd",
+      [](int dtype, ptr x, i64 x_stride, ptr taps, ptr bias, ptr cu, i64 N, i64 T, i64 D, i64 K, ptr out, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, true);
+        GatedConv a{};
+        a.x = rows(x, x_stride), a.taps = as<float>(taps), a.bias = as<float>(bias), a.cu_seqlens = as<int32_t>(cu);
+        a.N = N, a.T = T, a.D = D, a.K = K, a.out = rows(out, D);
+        kernels().gated_conv_fwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+  m.def(
+      "gated_conv_bwd",
+      [](int dtype, ptr dout, i64 dout_stride, ptr x, i64 x_stride, ptr taps, ptr bias, ptr cu, i64 N, i64 T, i64 D, i64 K, ptr dx,
+         ptr dtaps, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, true);
+        GatedConv a{};
+        a.dout = rows(dout, dout_stride), a.x = rows(x, x_stride), a.taps = as<float>(taps), a.bias = as<float>(bias);
+        a.cu_seqlens = as<int32_t>(cu), a.N = N, a.T = T, a.D = D, a.K = K, a.dx = rows(dx, 2 * D), a.dtaps = as<float>(dtaps);
+        kernels().gated_conv_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "attention_fwd",
+      [](int dtype, ptr qkv, i64 stride, ptr cos, ptr sin, i64 half, ptr cu, i64 N, i64 T, i64 heads, i64 width,
+         i64 window, float scale, ptr out, ptr lse, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, true);
+        Attention a{rows(qkv, stride), as<float>(cos), as<float>(sin), half, as<int32_t>(cu), N, T, heads, width, window, scale};
+        a.out = rows(out, heads * width), a.lse = as<float>(lse);
+        kernels().attention_fwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+  m.def(
+      "attention_bwd",
+      [](int dtype, ptr dout, i64 dout_stride, ptr qkv, i64 stride, ptr cos, ptr sin, i64 half, ptr cu, i64 N, i64 T,
+         i64 heads, i64 width, i64 window, float scale, ptr lse, ptr dqkv, int threads) {
+        check_cu_seqlens(as<int32_t>(cu), N, T, true);
+        Attention a{rows(qkv, stride), as<float>(cos), as<float>(sin), half, as<int32_t>(cu), N, T, heads, width, window, scale};
+        a.dout = rows(dout, dout_stride), a.lse = as<float>(lse), a.dqkv = rows(dqkv, 3 * heads * width);
+        kernels().attention_bwd(Dtype(dtype), a, threads);
+      },
+      ARGS);
+
+  m.def(
+      "swiglu_fwd",
+      [](int dtype, ptr x, i64 x_stride, i64 T, i64 D, ptr out, int threads) {
+        kernels().swiglu_fwd(Dtype(dtype), {rows(x, x_stride), T, D, rows(out, D), {}, {}}, threads);
+      },
+      ARGS);
+  m.def(
+      "swiglu_bwd",
+      [](int dtype, ptr dout, i64 dout_stride, ptr x, i64 x_stride, i64 T, i64 D, ptr dx, int threads) {
+        kernels().swiglu_bwd(Dtype(dtype), {rows(x, x_stride), T, D, {}, rows(dout, dout_stride), rows(dx, 2 * D)}, threads);
+      },
+      ARGS);
+
+  m.def(
       "route_step",
       [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, i64 B, i64 D, float bias_scale, ptr is_first, ptr candidates, ptr prob,
          ptr selected, ptr mask, int threads) {

@@ -27,6 +27,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_OPS = frozenset({"route", "route_step", "dechunk_step"})
 CUDA_PREFERRED: frozenset[str] = frozenset()
 
+# Ops with kernels for a CPU only: on a GPU, PyTorch has them fused, or torch.compile fuses them.
+CPU_OPS = frozenset({"add_rms_norm", "attention", "gated_conv", "swiglu"})
+
 
 def _check_name(name: str, where: str) -> str:
     if name not in (*BACKENDS, "auto"):
@@ -103,6 +106,8 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return f"it takes fp32, bf16 or fp16, not {dtype}"
     if name == "cpu":
         return native_error() or (None if device_type == "cpu" else f"the tensors are on {device_type}, not the cpu")
+    if op in CPU_OPS:
+        return f"{op} has no {name} kernel: on a GPU the reference runs"
     if name == "triton":
         if (error := triton_error()) is not None:
             return error
@@ -125,6 +130,8 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
 
 
 def _choose(name: str, op: str, device_type: str, dtype: torch.dtype, of_many: bool) -> str:
+    if of_many and op in CPU_OPS and name in ("triton", "cuda"):
+        name = "auto"
     if name != "auto":
         runs = "triton" if name == "cuda" and of_many and op not in CUDA_OPS else name
         if why_not(runs, op, device_type, dtype) is None:

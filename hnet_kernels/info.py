@@ -14,7 +14,18 @@ import torch
 
 from . import __version__, dispatch
 
-OPS = ("route", "pool", "dechunk", "ema", "route_step", "dechunk_step")
+OPS = (
+    "route",
+    "pool",
+    "dechunk",
+    "ema",
+    "route_step",
+    "dechunk_step",
+    "add_rms_norm",
+    "attention",
+    "gated_conv",
+    "swiglu",
+)
 
 
 def report() -> str:

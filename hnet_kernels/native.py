@@ -192,3 +192,79 @@ def dechunk_step(z, boundary_prob, boundary_mask, state, residual):
         out, new_state,
     )  # fmt: skip
     return out, new_state
+
+
+def add_rms_norm(x, residual, weight, eps):
+    T, D = x.shape
+    h, total, inv_rms = _empty(T, D, dtype=x.dtype), _empty(T, D), _empty(T)
+    _call("rms_norm_fwd", x.dtype, Rows(x), Rows(residual), weight.float(), T, D, eps, h, total, inv_rms)
+    return h, total, inv_rms
+
+
+def add_rms_norm_bwd(dh, dsum, total, inv_rms, weight):
+    T, D = dh.shape
+    dx, dweight = _empty(T, D, dtype=dh.dtype), _empty(D)
+    dresidual = _empty(0) if dh.dtype == torch.float32 else _empty(T, D)
+    _call(
+        "rms_norm_bwd", dh.dtype, Rows(dh), Rows(dsum), Rows(total), inv_rms, weight.float(), T, D,
+        dx, None if dh.dtype == torch.float32 else dresidual, dweight,
+    )  # fmt: skip
+    return dx, dresidual, dweight.to(weight.dtype)
+
+
+def gated_conv(x, weight, bias, cu_seqlens):
+    T, (D, K) = x.shape[0], weight.shape
+    out = _empty(T, D, dtype=x.dtype)
+    taps = weight.float().T.contiguous()
+    _call(
+        "gated_conv_fwd", x.dtype, Rows(x), taps, bias.float(), cu_seqlens, cu_seqlens.shape[0] - 1, T, D, K, out,
+    )  # fmt: skip
+    return out
+
+
+def gated_conv_bwd(dout, x, weight, bias, cu_seqlens):
+    (T, D), K = dout.shape, weight.shape[1]
+    dx, dtaps = _empty(T, 2 * D, dtype=x.dtype), _empty(K + 1, D)
+    taps = weight.float().T.contiguous()
+    _call(
+        "gated_conv_bwd", x.dtype, Rows(dout), Rows(x), taps, bias.float(), cu_seqlens, cu_seqlens.shape[0] - 1,
+        T, D, K, dx, dtaps,
+    )  # fmt: skip
+    return (
+        dx,
+        dtaps[:K].T.to(weight.dtype, copy=True, memory_format=torch.contiguous_format),
+        dtaps[K].to(bias.dtype, copy=True),
+    )
+
+
+def attention(qkv, cos, sin, cu_seqlens, window):
+    T, _, heads, width = qkv.shape
+    out, lse = _empty(T, heads, width, dtype=qkv.dtype), _empty(T, heads)
+    _call("attention_fwd", qkv.dtype, *_attention(qkv, cos, sin, cu_seqlens, window), out, lse)
+    return out, lse
+
+
+def attention_bwd(dout, qkv, cos, sin, cu_seqlens, lse, window):
+    dqkv = _empty(*qkv.shape, dtype=qkv.dtype)
+    arguments = _attention(qkv, cos, sin, cu_seqlens, window)
+    _call("attention_bwd", qkv.dtype, Rows(dout.flatten(1)), *arguments, lse, dqkv)
+    return dqkv
+
+
+def _attention(qkv, cos, sin, cu_seqlens, window):
+    T, _, heads, width = qkv.shape
+    half, N = 0 if cos is None else cos.shape[1], cu_seqlens.shape[0] - 1
+    return Rows(qkv.flatten(1)), cos, sin, half, cu_seqlens, N, T, heads, width, window, width**-0.5
+
+
+def swiglu(x):
+    T, D = x.shape[0], x.shape[1] // 2
+    out = _empty(T, D, dtype=x.dtype)
+    _call("swiglu_fwd", x.dtype, Rows(x), T, D, out)
+    return out
+
+
+def swiglu_bwd(dout, x):
+    dx = _empty(*x.shape, dtype=x.dtype)
+    _call("swiglu_bwd", x.dtype, Rows(dout), Rows(x), dout.shape[0], dout.shape[1], dx)
+    return dx

@@ -193,3 +193,49 @@ def dechunk_step(
     state = torch.where(boundary_mask[:, None], (1 - p) * state + p * upcast(z), state)
     out = state if residual is None else state + upcast(residual)
     return out.to(z.dtype), state
+
+
+# --- what stands between the matrix products of a layer ---------------------------------------------------------------
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = upcast(x) if residual is None else residual + x
+    return F.rms_norm(total, (x.shape[1],), weight.to(total.dtype), eps).to(x.dtype), total
+
+
+def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+    u, gate = upcast(x).chunk(2, dim=1)
+    seq, T, K = sequence_of(cu_seqlens, x.shape[0]), x.shape[0], weight.shape[1]
+    y = u * weight[:, K - 1].to(u.dtype) + bias.to(u.dtype)
+    for j in range(1, min(K, T)):
+        inside = (seq[j:] == seq[:-j])[:, None]
+        y = y + F.pad(torch.where(inside, u[:-j], 0) * weight[:, K - 1 - j].to(u.dtype), (0, 0, j, 0))
+    return (y * F.silu(gate)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first 2 * half channels of x (L, heads, width), in halves, by tables (L, half)."""
+    half, cos, sin = cos.shape[1], cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+def attention(qkv: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor, window: int) -> Tensor:
+    blocks, cu = [], cu_seqlens.tolist()
+    for begin, end in zip(cu[:-1], cu[1:], strict=True):
+        q, k, v = upcast(qkv[begin:end]).unbind(1)
+        if cos is not None and sin is not None:
+            q, k = (rotate(x, cos[begin:end], sin[begin:end]) for x in (q, k))
+        i = torch.arange(end - begin, device=qkv.device)
+        distance = i[:, None] - i
+        seen = (distance >= 0) & (distance <= window) if window >= 0 else distance >= 0
+        score = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
+        p = score.masked_fill(~seen, -torch.inf).softmax(-1)
+        blocks.append(torch.einsum("hij,jhd->ihd", p, v))
+    blocks.append(upcast(qkv[cu[-1] :, 2]) * 0)  # padding
+    return torch.cat(blocks).to(qkv.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    y, gate = x.chunk(2, dim=1)
+    return F.silu(gate) * y

@@ -67,6 +67,23 @@ def check_state(name: str, x: Tensor, B: int, of: str, z: Tensor) -> None:
     check_device(name, x, "z", z)
 
 
+def check_rows(name: str, x: Tensor, shape: torch.Size, dtype: torch.dtype, ref: Tensor) -> None:
+    check_matrix(name, x)
+    if x.shape != shape or x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} of shape {tuple(shape)}, next to x, got {x.dtype} {tuple(x.shape)}")
+    check_device(name, x, "x", ref)
+
+
+def check_channels(name: str, x: Tensor, shape: tuple[int, ...], ref: Tensor) -> None:
+    """A parameter next to rows x."""
+    check_tensor(name, x)
+    if x.dtype not in ROW_DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {x.dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, next to x of {tuple(ref.shape)}, got {tuple(x.shape)}")
+    check_device(name, x, "x", ref)
+
+
 def check_flag(name: str, x: bool) -> None:
     if not isinstance(x, bool):
         raise TypeError(f"{name} must be True or False, got {x!r}")

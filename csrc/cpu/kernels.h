@@ -76,6 +76,48 @@ struct Ema {
   float* dinitial;             // (N, D) or null
 };
 
+struct RmsNorm {
+  Rows x;                   // (T, D)
+  Rows residual;            // (T, D) fp32, data may be null
+  const float* weight;      // (D,)
+  int64_t T, D;
+  float eps;
+  Rows h, sum;              // forward: (T, D) as x; the new residual, fp32. Backward reads `sum`
+  float* inv_rms;           // (T,) forward output, backward input
+  Rows dh, dsum;            // backward input: as x; fp32, data may be null
+  Rows dx, dresidual;       // backward output: as x; fp32, data may be null
+  float* dweight;           // (D,)
+};
+
+struct GatedConv {
+  Rows x;                      // (T, 2 D): u, then the gate
+  const float *taps, *bias;    // (K, D), oldest first; (D,)
+  const int32_t* cu_seqlens;
+  int64_t N, T, D, K;
+  Rows out;                    // forward: (T, D)
+  Rows dout, dx;               // backward: (T, D) in, (T, 2 D) out
+  float* dtaps;                // (K + 1, D), the last row of the bias
+};
+
+struct Attention {
+  Rows qkv;                    // (T, 3 heads width)
+  const float *cos, *sin;      // (T, half), or null
+  int64_t half;                // the first 2 half channels of q and k are rotated
+  const int32_t* cu_seqlens;
+  int64_t N, T, heads, width, window;  // window < 0: all before
+  float scale;
+  Rows out;                    // forward: (T, heads width)
+  float* lse;                  // (T, heads), forward output and backward input
+  Rows dout, dqkv;             // backward
+};
+
+struct SwiGLU {
+  Rows x;         // (T, 2 D): y, then the gate
+  int64_t T, D;
+  Rows out;       // forward: (T, D)
+  Rows dout, dx;  // backward: (T, D) in, (T, 2 D) out
+};
+
 struct RouteStep {
   Rows q, k;  // (B, D): projection of the previous position, projection of this one
   int64_t B, D;
@@ -109,6 +151,14 @@ struct Kernels {
   void (*ema_bwd)(Dtype, const Ema&, int threads);
   void (*route_step)(Dtype, const RouteStep&, int threads);
   void (*dechunk_step)(Dtype, const DechunkStep&, int threads);
+  void (*rms_norm_fwd)(Dtype, const RmsNorm&, int threads);
+  void (*rms_norm_bwd)(Dtype, const RmsNorm&, int threads);
+  void (*gated_conv_fwd)(Dtype, const GatedConv&, int threads);
+  void (*gated_conv_bwd)(Dtype, const GatedConv&, int threads);
+  void (*attention_fwd)(Dtype, const Attention&, int threads);
+  void (*attention_bwd)(Dtype, const Attention&, int threads);
+  void (*swiglu_fwd)(Dtype, const SwiGLU&, int threads);
+  void (*swiglu_bwd)(Dtype, const SwiGLU&, int threads);
 };
 
 const Kernels& kernels_baseline();

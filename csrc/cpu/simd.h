@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -87,7 +88,15 @@ inline vf set1(float x) { return {_mm512_set1_ps(x)}; }
 inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf larger(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline vf clamp(vf x, float lo, float hi) {  // NaN stays NaN: of a NaN and a number, these return the second
+  return {_mm512_min_ps(_mm512_set1_ps(hi), _mm512_max_ps(_mm512_set1_ps(lo), x.v))};
+}
+inline vf add_exponent(vf x, vf n) {  // x * 2^k, k in the low bits of n
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
+}
 inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline vf load(const bf16* p) {
@@ -121,7 +130,15 @@ inline vf set1(float x) { return {_mm256_set1_ps(x)}; }
 inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf larger(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline vf clamp(vf x, float lo, float hi) {
+  return {_mm256_min_ps(_mm256_set1_ps(hi), _mm256_max_ps(_mm256_set1_ps(lo), x.v))};
+}
+inline vf add_exponent(vf x, vf n) {
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n.v), 23)))};
+}
 inline float sum(vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -166,7 +183,19 @@ inline vf set1(float x) { HNET_LANES(x) }
 inline vf operator+(const vf& a, const vf& b) { HNET_LANES(a.v[i] + b.v[i]) }
 inline vf operator-(const vf& a, const vf& b) { HNET_LANES(a.v[i] - b.v[i]) }
 inline vf operator*(const vf& a, const vf& b) { HNET_LANES(a.v[i] * b.v[i]) }
+inline vf operator/(const vf& a, const vf& b) { HNET_LANES(a.v[i] / b.v[i]) }
 inline vf fma(const vf& a, const vf& b, const vf& c) { HNET_LANES(a.v[i] * b.v[i] + c.v[i]) }
+inline vf larger(const vf& a, const vf& b) { HNET_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+inline vf clamp(const vf& x, float lo, float hi) { HNET_LANES(x.v[i] < lo ? lo : x.v[i] > hi ? hi : x.v[i]) }
+inline float add_exponent(float x, float n) {
+  uint32_t u, k;
+  std::memcpy(&u, &x, 4);
+  std::memcpy(&k, &n, 4);
+  u += k << 23;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+inline vf add_exponent(const vf& x, const vf& n) { HNET_LANES(add_exponent(x.v[i], n.v[i])) }
 template <class E>
 inline vf load(const E* p) {
   HNET_LANES(to_float(p[i]))
@@ -188,6 +217,21 @@ inline void stream_fence() {}
 #endif
 
 inline vf zero() { return set1(0.f); }
+
+// e^x to 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, n into the exponent. Past +-87 it stays where it is.
+inline vf exp(vf x) {
+  const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits
+  x = clamp(x, -86.f, 87.f);
+  vf shifted = fma(x, set1(1.44269504f), magic), n = shifted - magic;
+  vf r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), x));
+  vf p = set1(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f}) {
+    p = fma(p, r, set1(c));
+  }
+  return add_exponent(p, shifted);
+}
+inline vf sigmoid(vf x) { return set1(1.f) / (set1(1.f) + exp(zero() - x)); }
+inline vf silu(vf x, vf sigmoid_x) { return larger(set1(-87.f), x) * sigmoid_x; }  // exp stops there, the product must not
 
 // The last n < W elements of a row. Lanes past n read as zero and are not written.
 template <class E>

@@ -18,12 +18,22 @@ void ema_fwd(Dtype, const Ema&, int);
 void ema_bwd(Dtype, const Ema&, int);
 void route_step(Dtype, const RouteStep&, int);
 void dechunk_step(Dtype, const DechunkStep&, int);
+void rms_norm_fwd(Dtype, const RmsNorm&, int);
+void rms_norm_bwd(Dtype, const RmsNorm&, int);
+void gated_conv_fwd(Dtype, const GatedConv&, int);
+void gated_conv_bwd(Dtype, const GatedConv&, int);
+void attention_fwd(Dtype, const Attention&, int);
+void attention_bwd(Dtype, const Attention&, int);
+void swiglu_fwd(Dtype, const SwiGLU&, int);
+void swiglu_bwd(Dtype, const SwiGLU&, int);
 }  // namespace HNET_ISA
 
 const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
   static const Kernels table = {
       HNET_STR(HNET_ISA),  HNET_ISA::route_fwd, HNET_ISA::route_bwd, HNET_ISA::pool_fwd,   HNET_ISA::pool_bwd,    HNET_ISA::dechunk_fwd,
       HNET_ISA::dechunk_bwd, HNET_ISA::ema_fwd, HNET_ISA::ema_bwd,   HNET_ISA::route_step, HNET_ISA::dechunk_step,
+      HNET_ISA::rms_norm_fwd, HNET_ISA::rms_norm_bwd, HNET_ISA::gated_conv_fwd, HNET_ISA::gated_conv_bwd,
+      HNET_ISA::attention_fwd, HNET_ISA::attention_bwd, HNET_ISA::swiglu_fwd, HNET_ISA::swiglu_bwd,
   };
   return table;
 }

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hnet_kernels as hk
+
 from .cache import AttentionCache, Rows, allocate_kv, write_kv
 from .pack import Pack, rotary
 
@@ -32,6 +34,9 @@ class CausalAttention(nn.Module):
     def forward(
         self, x: Tensor, pack: Pack, cache: AttentionCache | None = None, slots: Tensor | None = None
     ) -> Tensor:
+        if cache is None and x.device.type == "cpu":
+            qkv = self.Wqkv(x).view(x.shape[0], 3, self.num_heads, self.head_dim)
+            return self.out_proj(fused(qkv, pack, self.window, self.rotary_dim).reshape(x.shape))
         qk, v = self.qkv(x, pack.position, pack.rotary(self.rotary_dim) if self.rotary_dim else None)
         if cache is not None and slots is not None:
             self._fill(cache, qk[:, 1], v, pack, slots)
@@ -89,6 +94,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
+
+
+def fused(qkv: Tensor, pack: Pack, window: int, rotary_dim: int) -> Tensor:
+    """Rotation and attention in one op. qkv (T, 3, heads, head_dim) -> (T, heads, head_dim)"""
+    if not rotary_dim:
+        return hk.attention(qkv, pack.cu_seqlens, window)
+    cos, sin = pack.rotary(rotary_dim)
+    return hk.attention(qkv, pack.cu_seqlens, window, (cos.flatten(1), sin.flatten(1)))
 
 
 # --- packed attention ---------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hnet_kernels as hk
+
 from .cache import ConvCache, Rows
 from .pack import Pack
 
@@ -21,9 +23,12 @@ class GatedConv(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, pack: Pack, cache: ConvCache | None = None, slots: Tensor | None = None) -> Tensor:
-        u, g = self.in_proj(x).chunk(2, dim=-1)
+        x = self.in_proj(x)
+        u, g = x.chunk(2, dim=-1)
         if cache is not None:
             cache.tail[slots] = last_rows(u, pack, cache.tail.shape[1])
+        if x.device.type == "cpu":
+            return self.out_proj(hk.gated_conv(x, self.conv1d.weight[:, 0], self.conv1d.bias, pack.cu_seqlens))
         return self.out_proj(self.conv1d(u, pack) * F.silu(g))
 
     def allocate_cache(self, batch: int, max_length: int) -> ConvCache:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import hnet_kernels as hk
+
 
 class RMSNorm(nn.Module):
     """h = weight * r / sqrt(mean(r^2) + eps) with r = x + residual.
@@ -19,8 +21,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        residual = x.float() if residual is None else residual + x
-        return rms_norm(residual, self.weight, self.eps).to(x.dtype), residual
+        return hk.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -37,7 +37,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
     dynamo.optimize_ddp = False  # graphs of one block are small: nothing to cut at DDP's buckets
-    for module, name in ((attention, "attention"), (mamba2, "ssd")):
+    for module, name in ((attention, "attention"), (attention, "fused"), (mamba2, "ssd")):
         function = getattr(module, name)
         if not hasattr(function, "_torchdynamo_orig_callable"):
             setattr(module, name, torch.compiler.disable(function))

@@ -120,3 +120,57 @@ def ema(z, p, cu, initial_state=None) -> tuple[Tensor, Tensor]:
 def ratio_loss(p, mask, n) -> Tensor:
     F, G = mask.double().mean(), p.double().mean()
     return n / (n - 1) * ((n - 1) * F * G + (1 - F) * (1 - G))
+
+
+def add_rms_norm(x, residual, weight, eps) -> tuple[Tensor, Tensor]:
+    rows, sums = [], []
+    for t in range(x.shape[0]):
+        s = x[t].double() + (0 if residual is None else residual[t].double())
+        rows.append(weight.double() * s / (s.pow(2).sum() / len(s) + eps).sqrt())
+        sums.append(s)
+    empty = x.new_zeros(0, x.shape[1], dtype=torch.float64)
+    return torch.stack(rows) if rows else empty, torch.stack(sums) if sums else empty
+
+
+def silu(x):
+    return x / (1 + (-x).exp())
+
+
+def gated_conv(x, weight, bias, cu) -> Tensor:
+    (T, D2), K = x.shape, weight.shape[1]
+    u, g = x[:, : D2 // 2].double(), x[:, D2 // 2 :].double()
+    out = []
+    for s, e in [*spans(cu), (int(cu[-1]), T)]:  # padding is one more sequence
+        for t in range(s, e):
+            y = bias.double()
+            for j in range(min(K, t - s + 1)):
+                y = y + weight[:, K - 1 - j].double() * u[t - j]
+            out.append(y * silu(g[t]))
+    return torch.stack(out) if out else x.new_zeros(0, D2 // 2, dtype=torch.float64)
+
+
+def swiglu(x) -> Tensor:
+    D = x.shape[1] // 2
+    return silu(x[:, D:].double()) * x[:, :D].double()
+
+
+def attention(qkv, cu, window, rotary) -> Tensor:
+    T, _, heads, width = qkv.shape
+    out = [torch.zeros(heads, width, dtype=torch.float64)] * T
+    qkv = qkv.double()
+
+    def turned(x, position):
+        if rotary is None:
+            return x
+        (c, s), half = (t[position].double() for t in rotary), rotary[0].shape[1]
+        a, b = x[:, :half], x[:, half : 2 * half]
+        return torch.cat([a * c - b * s, b * c + a * s, x[:, 2 * half :]], 1)
+
+    for s, e in spans(cu):
+        rows = [[turned(qkv[t, part], t) for t in range(s, e)] for part in (0, 1)]
+        q, k = (torch.stack(r) if r else qkv[s:e, 0] for r in rows)
+        for t in range(s, e):
+            seen = slice(0 if window < 0 else max(0, t - s - window), t - s + 1)
+            weight = ((k[seen] * q[t - s]).sum(-1) / width**0.5).exp()  # (keys, heads)
+            out[t] = (weight[..., None] * qkv[s:e, 2][seen]).sum(0) / weight.sum(0)[:, None]
+    return torch.stack(out) if out else qkv.new_zeros(0, heads, width)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hnet.model.attention import rotate
+
 from .no_host_reads import NoHostReads
 
 
@@ -74,6 +76,12 @@ class Tape(NoHostReads):
 
 def tensors(tree) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def masked_fused(qkv: Tensor, pack, window: int, rotary_dim: int) -> Tensor:
+    """hnet.model.attention.fused, likewise"""
+    qk = rotate(qkv[:, :2], *pack.rotary(rotary_dim)) if rotary_dim else qkv[:, :2]
+    return masked_attention(qk, qkv[:, 2], pack, window)
 
 
 def masked_attention(qk: Tensor, v: Tensor, pack, window: int) -> Tensor:

@@ -19,7 +19,7 @@ from hnet.train.checkpoint import latest_checkpoint, load_trainer, load_weights
 from hnet.train.loop import Trainer
 from hnet.train.task import HNetTask
 
-from .recorder import Recorder, masked_attention
+from .recorder import Recorder, masked_attention, masked_fused
 from .test_resume import NOT_EXACT, equal, run_with_a_crash
 
 EVENTS = ("captured", "not_captured")
@@ -41,6 +41,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr("hnet.train.captured.CudaGraph", Recorder)
     monkeypatch.setattr("hnet.train.capturable.obstacle", lambda *a: "")
     monkeypatch.setattr("hnet.model.attention.attention", masked_attention)
+    monkeypatch.setattr("hnet.model.attention.fused", masked_fused)
     monkeypatch.setattr("hnet_kernels.validation.readable", lambda x: False)
     with hk.backend("reference"):
         yield Recorder.made
