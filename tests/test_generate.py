@@ -98,6 +98,23 @@ def test_nucleus():
     assert share[0].item() == pytest.approx(0.625, abs=0.04)
 
 
+def test_a_draw_is_that_of_torch_multinomial():
+    probs = torch.softmax(torch.randn(50, 256, generator=torch.Generator().manual_seed(0)), -1)
+    a, b = (torch.Generator().manual_seed(1) for _ in range(2))
+    for _ in range(3):
+        drawn = sample(probs.log(), SamplingConfig(), [b""] * 50, a)
+        assert torch.equal(drawn, torch.multinomial(torch.softmax(probs.log(), -1), 1, generator=b)[:, 0])
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    class Lost(Scripted):
+        def _logits(self, slots):
+            return super()._logits(slots) * (float("nan") if self.at[0] > 2 else 1)
+
+    with pytest.raises(RuntimeError, match="logits are not finite: there is nothing to sample"):
+        generate(Lost(b"hello"), ["a", "b"], max_new_bytes=5)
+
+
 def test_temperature_zero_and_repetition_penalty():
     logits = torch.tensor([[1.0, 2.0, -1.0]])
     assert sample(logits, SamplingConfig(temperature=0), [b""]).tolist() == [1]

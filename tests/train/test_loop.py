@@ -2,6 +2,7 @@ import dataclasses
 import math
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_learning_rate_multipliers_and_clipping(config):
     assert total.item() == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize(("stages", "twice"), [([], {0, 1}), ([0], {0}), ([1], {1})])
+def test_recompute_takes_the_stages_named(config, stages, twice):
+    """Their blocks run again in the backward, to the same gradients."""
+    config = dataclasses.replace(config, dtype="fp32", compile=False)
+    plain = Trainer(config).train_step()
+    trainer = Trainer(dataclasses.replace(config, recompute=True, recompute_stages=stages))
+    runs: Counter[int] = Counter()
+    for i, stage in enumerate(trainer.model.stages()):
+        for stack in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:
+            stack.layers[0].register_forward_pre_hook(lambda *_, i=i: runs.update([i]))
+    row = trainer.train_step()
+    assert {i: runs[i] for i in (0, 1)} == {0: 4 if 0 in twice else 2, 1: 2 if 1 in twice else 1}
+    assert (row["loss"], row["grad_norm"]) == (plain["loss"], plain["grad_norm"])
+
+
 def test_a_resumed_run_takes_a_changed_learning_rate(config):
     config = dataclasses.replace(config, schedule="constant")
     Trainer(config).train()
@@ -160,6 +176,8 @@ def test_a_resumed_run_takes_a_changed_learning_rate(config):
         ({"preset": "huge"}, "unknown preset 'huge'"),
         ({"batch_bytes": 10**9}, "fewer than one batch of 1000000000"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"recompute_stages": [1]}, "recompute_stages must be left out unless recompute is on, got [1]"),
+        ({"recompute": True, "recompute_stages": [2]}, "recompute_stages must be stages from 0 to 1, got [2]"),
         ({"restart_on_plateau": True}, "restart_on_plateau must be off unless schedule is restarts, got True"),
     ],
 )
