@@ -22,6 +22,8 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+GPU_OPS = frozenset({"mamba2"})  # ops without a C++ kernel for CPUs
+
 # Ops with a CUDA C++ kernel, and those where `auto` prefers it to Triton: none until a measurement in
 # benchmarks/results shows one ahead. Fewer launches are only a reason to measure.
 CUDA_OPS = frozenset({"route", "route_step", "dechunk_step"})
@@ -72,6 +74,11 @@ def backend(name: str) -> Iterator[None]:
         _active = previous
 
 
+def in_force() -> str:
+    """The name the innermost `backend(...)` block set, else HNET_KERNELS_BACKEND, else "auto"."""
+    return _active
+
+
 @functools.cache
 def native_error() -> str | None:
     """Why the native extension cannot be used, or None."""
@@ -104,6 +111,8 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
         return None
     if dtype not in KERNEL_DTYPES:
         return f"it takes fp32, bf16 or fp16, not {dtype}"
+    if name == "cpu" and op in GPU_OPS:
+        return f"{op} has no CPU kernel; there it is plain PyTorch"
     if name == "cpu":
         return native_error() or (None if device_type == "cpu" else f"the tensors are on {device_type}, not the cpu")
     if op in CPU_OPS:

@@ -24,6 +24,7 @@ OPS = (
     "add_rms_norm",
     "attention",
     "gated_conv",
+    "mamba2",
     "swiglu",
 )
 

@@ -2,7 +2,10 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T      y_t = C_t h_t + D x_t      h = 0 before every sequence
 
-On a GPU with mamba-ssm installed its Triton scan runs; elsewhere `ssd` below, the same recurrence as matrix products.
+On a GPU mamba-ssm's Triton scan runs where it is installed, else `hnet_kernels.mamba2`: all between the two projections
+in kernels of our own. A backend named by hand ("triton", "reference") goes first. On a CPU, and while a cache is
+filled, the same recurrence as matrix products (`ssd`); "triton" runs the kernels in Triton's interpreter there. A
+decoding step is plain PyTorch everywhere: its launches, of a few rows each, are for a captured graph to save.
 """
 
 from __future__ import annotations
@@ -14,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import hnet_kernels as hk
 from hnet.config import MAMBA_HEADDIM
+from hnet_kernels import dispatch
+from hnet_kernels.reference import ssd
 
 from .cache import MambaCache, Rows
 from .conv import DepthwiseConv1d, last_rows
 from .norm import rms_norm
 from .pack import Pack
-
-CHUNK = 64  # positions a matrix product; measured best on a CPU (16: 14x slower, 256: 3.5x)
 
 
 class Mamba2(nn.Module):
@@ -49,11 +53,11 @@ class Mamba2(nn.Module):
         return x.view(-1, self.nheads, MAMBA_HEADDIM), B, C
 
     def forward(self, u: Tensor, pack: Pack, cache: MambaCache | None = None, slots: Tensor | None = None) -> Tensor:
+        if cache is None and (u.is_cuda or dispatch.in_force() == "triton"):
+            return self._fused(u, pack)
         z, xBC, dt = self._project(u)
         if cache is not None:
             cache.tail[slots] = last_rows(xBC, pack, cache.tail.shape[1]).to(cache.tail.dtype)
-        elif u.is_cuda and (fused := _mamba_ssm()) is not None:
-            return self.out_proj(self.norm(fused(self, xBC, dt, pack), z))
         x, B, C = self._split(self.conv1d(xBC, pack))
         A = -self.A_log.float().exp()
         with torch.autocast(u.device.type, enabled=False):
@@ -63,6 +67,17 @@ class Mamba2(nn.Module):
                 cache.ssm[slots] = final_states(x32, dt, A, B, pack)
             y = ssd(x32, dt, A, B, C, pack.seq_idx) + self.D.float()[:, None] * x32
         return self.out_proj(self.norm(y.flatten(1).to(u.dtype), z))
+
+    def _fused(self, u: Tensor, pack: Pack) -> Tensor:
+        if dispatch.in_force() == "auto" and (fused := _mamba_ssm()) is not None:
+            z, xBC, dt = self._project(u)
+            return self.out_proj(self.norm(fused(self, xBC, dt, pack), z))
+        conv, norm = self.conv1d, self.norm
+        y = hk.mamba2(
+            self.in_proj(u), conv.weight[:, 0], conv.bias, self.dt_bias, self.A_log, self.D, norm.weight,
+            pack.cu_seqlens, eps=norm.eps,
+        )  # fmt: skip
+        return self.out_proj(y)
 
     def allocate_cache(self, batch: int, max_length: int) -> MambaCache:
         w = self.in_proj.weight
@@ -95,58 +110,6 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         return rms_norm((y * F.silu(z)).float(), self.weight, self.eps).to(y.dtype)
-
-
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq: Tensor, chunk: int = CHUNK) -> Tensor:
-    """The scan as matrix products over chunks of positions.
-
-    x (T, H, P), dt (T, H), A (H,) negative, B and C (T, S), all fp32; seq (T,) the sequence of each position, not
-    decreasing. Returns y (T, H, P). Within a chunk, y = (C B^T * decay) (dt x); the state at each chunk's end is handed
-    on by `pass_states`. Decay is zero wherever a sequence boundary lies between.
-    """
-    T, H, P = x.shape
-    n = max(-(-T // chunk), 1)
-    pad = n * chunk - T
-    xdt = F.pad(x * dt[..., None], (0, 0, 0, 0, 0, pad)).view(n, chunk, H, P).transpose(1, 2)  # (n, H, Q, P)
-    B, C = (F.pad(t, (0, 0, 0, pad)).view(n, chunk, -1) for t in (B, C))
-    seq = F.pad(seq, (0, pad), value=-1).view(n, chunk)
-    a = F.pad(dt * A, (0, 0, 0, pad)).view(n, chunk, H).transpose(1, 2).cumsum(-1)  # (n, H, Q), log decay so far
-
-    visible = (seq[:, :, None] == seq[:, None, :]).tril()[:, None]
-    decay = (a[..., :, None] - a[..., None, :]).masked_fill(~visible, -torch.inf).exp()
-    y = (decay * (C @ B.transpose(1, 2))[:, None]) @ xdt
-
-    if n > 1:
-        to_end = (a[..., -1:] - a).exp() * (seq == seq[:, -1:])[:, None]
-        states = torch.einsum("nhqp,nqs->nhps", xdt * to_end[..., None], B)
-        unbroken = (seq[1:, -1] == seq[:-1, -1])[:, None]
-        carry = torch.where(unbroken, a[1:, :, -1].exp(), 0)
-        before = pass_states(states[:-1], carry[:-1])
-        from_start = a[1:].exp() * (seq[1:] == seq[:-1, -1:])[:, None]
-        y[1:] += from_start[..., None] * torch.einsum("nqs,nhps->nhqp", C[1:], before)
-    return y.transpose(1, 2).reshape(n * chunk, H, P)[:T]
-
-
-def pass_states(states: Tensor, carry: Tensor, block: int = 32) -> Tensor:
-    """h_c = carry_{c-1} h_{c-1} + states_c for c = 0..n-1; states (n, H, P, S), carry (n-1, H) in [0, 1].
-
-    Blocks of chunks at a time, each one matrix product that takes the block's incoming state as one more chunk.
-    """
-    n = states.shape[0]
-    out: list[Tensor] = []
-    for begin in range(0, n, block):
-        s = states[begin : begin + block]
-        c = carry[begin : begin + len(s) - 1]
-        if out:
-            s, c = torch.cat([out[-1][-1:], s]), carry[begin - 1 : begin + len(s) - 1]
-        m, (H, P, S) = len(s), s.shape[1:]
-        # weight[i, j] = carry_j ... carry_{i-1}: the product of the steps from j to i
-        steps = torch.cat([c.new_ones(1, H), c]).T[:, :, None].expand(H, m, m)
-        below = torch.ones(m, m, dtype=torch.bool, device=s.device).tril(-1)
-        weight = torch.where(below, steps, 1).cumprod(1) * torch.ones_like(below).tril()
-        h = torch.bmm(weight, s.transpose(0, 1).flatten(2)).view(H, m, P, S).transpose(0, 1)
-        out.append(h[1:] if out else h)
-    return torch.cat(out)
 
 
 def final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, pack: Pack) -> Tensor:

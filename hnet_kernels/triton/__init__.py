@@ -15,4 +15,7 @@ What one stage launches, forward and backward, with max_chunks (tests/kernels/te
 and one more for a logit_bias: filling a tensor with a float, or summing the gradient of a learned one. The gradient of
 a residual is written by the dechunk backward. pool by mean or max takes 2 launches forward, and max 3 backward. Nothing
 waits for the device, and all shapes are static.
+
+And a Mamba-2 layer between its two projections (`mamba2.py`; tests/kernels/test_mamba2.py counts it): forward 6,
+backward 8, and 6 sums over what programs left for the parameters.
 """

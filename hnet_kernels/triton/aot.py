@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from . import common
 from .common import Kernel
 
-FILES = ("routing", "compaction", "pool", "dechunk", "ratio_loss", "ema")
+FILES = ("routing", "compaction", "pool", "dechunk", "ratio_loss", "ema", "ssd", "ssd_edges")
 WIDTHS = (256, 1024, 1536, 2048)
 WIDTH = 1024  # where one must do
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -93,7 +93,8 @@ class Report(NamedTuple):
     @property
     def problems(self) -> list[str]:
         target = TARGETS[self.variant.target]
-        found = [f"{self.spills} spilled"] if self.spills else []
+        moved = target.gpu.backend == "hip" and not self.stack and kernels()[self.variant.kernel].moved
+        found = [f"{self.spills} spilled"] if self.spills and not moved else []
         if self.shared > target.shared:
             found.append(f"{self.shared} of {target.shared} B shared")
         if self.resident < LEAST * target.warps and not kernels()[self.variant.kernel].few_warps:
@@ -248,5 +249,6 @@ def table(reports: list[Report]) -> str:
             cell = f"{most[0]}/{most[1]}/{most[2] / 1024:.0f}/{min(r.resident for r in rs)}" if rs else "-"
             cells += f"{cell:>16}"
         lines.append(f"{kernel:32}{dtype:16}{cells}")
+    lines += [f"registers moved in {name} (AMD): {k.moved}" for name, k in kernels().items() if k.moved]
     lines += [f"few warps in {name}: {k.few_warps}" for name, k in kernels().items() if k.few_warps]
     return "\n".join(lines)

@@ -57,12 +57,14 @@ class Kernel:
     args: the run-time arguments in order, name to type: "*T" a pointer to rows of the op's dtype, "*R" to rows of that
     dtype or fp32, else as Triton writes it ("*fp32", "i32"). plan(D, dtype, target): its constexprs and options
     (num_warps, num_stages). few_warps: why less than a quarter of the warps a multiprocessor can hold are enough.
+    moved: why registers that AMD's compiler moves to other registers, none to memory, do no harm.
     """
 
     fn: Any
     args: dict[str, str]
     plan: Plan
     few_warps: str = ""
+    moved: str = ""
 
     @functools.cache  # noqa: B019 (a kernel lives as long as its module)
     def _blocks(self, D: int, dtype: torch.dtype, gpu: str) -> dict[str, Any]:
@@ -207,6 +209,15 @@ def weighted_sum(w, z, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
     low = (w - high.to(tl.float32)).to(DOT)
     acc = tl.dot(high, z, acc)
     return tl.dot(low, z, acc)
+
+
+@triton.jit
+def decay_matrix(a, LAG: tl.constexpr, BLOCK: tl.constexpr):
+    """W[i, j] = a_{j+1} ... a_{i-LAG} for j <= i - LAG, else 0, given the vector a_{i-LAG}"""
+    i = tl.arange(0, BLOCK)[:, None] - LAG
+    j = tl.arange(0, BLOCK)[None, :]
+    steps = tl.where(i > j, a[:, None] + 0.0 * j, 1.0)
+    return tl.where(i >= j, tl.cumprod(steps, 0), 0.0)
 
 
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

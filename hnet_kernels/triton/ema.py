@@ -19,6 +19,7 @@ from .common import (
     Kernel,
     block_columns,
     cdiv,
+    decay_matrix,
     dense,
     dot_precision,
     empty,
@@ -31,15 +32,6 @@ from .common import (
 
 BLOCK_T = 32  # positions of a tile
 INF = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _decay_matrix(a, LAG: tl.constexpr, BLOCK: tl.constexpr):
-    """W[i, j] = a_{j+1} ... a_{i-LAG} for j <= i - LAG, else 0, given the vector a_{i-LAG}"""
-    i = tl.arange(0, BLOCK)[:, None] - LAG
-    j = tl.arange(0, BLOCK)[None, :]
-    steps = tl.where(i > j, a[:, None] + 0.0 * j, 1.0)
-    return tl.where(i >= j, tl.cumprod(steps, 0), 0.0)
 
 
 @triton.jit
@@ -135,7 +127,7 @@ def _ema_carry_kernel(
         on = i < tiles
         d = tl.load(decay + tile, mask=on, other=1.0)
         v = tl.load(added + tile.to(tl.int64)[:, None] * D + c[None, :], mask=on[:, None] & col, other=0.0)
-        after = _product(_decay_matrix(d, 0, BLOCK), v, PRECISION) + _times(tl.cumprod(d, 0)[:, None], state[None, :])
+        after = _product(decay_matrix(d, 0, BLOCK), v, PRECISION) + _times(tl.cumprod(d, 0)[:, None], state[None, :])
         following = tile + 1
         if REVERSE:
             following = tile - 1
@@ -162,7 +154,7 @@ def _ema_fwd_kernel(
     pt, a, seq, first, last = _weights(p, cu_seqlens, t, T, N, steps)
     x = _input(z, pt, initial, t, c, seq, first, on, z_stride, D, HAS_INITIAL)
     enter = tl.load(carry + pid.to(tl.int64) * D + c, mask=c < D, other=0.0)
-    out = _product(_decay_matrix(a, 0, BLOCK), x, PRECISION) + _times(tl.cumprod(a, 0)[:, None], enter[None, :])
+    out = _product(decay_matrix(a, 0, BLOCK), x, PRECISION) + _times(tl.cumprod(a, 0)[:, None], enter[None, :])
     tl.store(y + t.to(tl.int64)[:, None] * D + c[None, :], out, mask=m)
     tl.store(final + seq.to(tl.int64)[:, None] * D + c[None, :], out, mask=m & last[:, None])
 
@@ -187,7 +179,7 @@ def _ema_bwd_kernel(
     _, a_next, _, _, _ = _weights(p, cu_seqlens, t + 1, T, N, steps)
     a_next = tl.where((t + 1 < T) & (i + 1 < BLOCK), a_next, 1.0)
     d = _output_gradient(dy, dfinal, t, c, seq, last, on, dy_stride, D, HAS_DFINAL)
-    g = _product(tl.trans(_decay_matrix(a, 0, BLOCK)), d, PRECISION)
+    g = _product(tl.trans(decay_matrix(a, 0, BLOCK)), d, PRECISION)
     g += _times(tl.cumprod(a_next, 0, reverse=True)[:, None], tl.load(carry_g + at, mask=c < D, other=0.0)[None, :])
     rows = t.to(tl.int64)[:, None]
     tl.store(dz + rows * D + c[None, :], pt[:, None] * g, mask=m)
@@ -196,7 +188,7 @@ def _ema_bwd_kernel(
     x = _input(z, pt, initial, t, c, seq, first, on, z_stride, D, HAS_INITIAL)
     _, a_before, _, _, _ = _weights(p, cu_seqlens, tl.maximum(t - 1, 0), T, N, steps)
     a_before = tl.where(i > 0, a_before, 1.0)
-    before = _product(_decay_matrix(a_before, 1, BLOCK), x, PRECISION)
+    before = _product(decay_matrix(a_before, 1, BLOCK), x, PRECISION)
     before += _times(tl.cumprod(a_before, 0)[:, None], tl.load(carry + at, mask=c < D, other=0.0)[None, :])
     before = tl.where(first[:, None], 0.0, before)
     edge = seq.to(tl.int64)[:, None] * D + c[None, :]

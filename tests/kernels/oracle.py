@@ -174,3 +174,26 @@ def attention(qkv, cu, window, rotary) -> Tensor:
             weight = ((k[seen] * q[t - s]).sum(-1) / width**0.5).exp()  # (keys, heads)
             out[t] = (weight[..., None] * qkv[s:e, 2][seen]).sum(0) / weight.sum(0)[:, None]
     return torch.stack(out) if out else qkv.new_zeros(0, heads, width)
+
+
+def mamba2(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_weight, cu, eps=1e-5) -> Tensor:
+    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_weight = (
+        x.double() for x in (zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_weight)
+    )
+    H, d_inner, (channels, K) = A_log.shape[0], norm_weight.shape[0], conv_weight.shape
+    S = (channels - d_inner) // 2
+    out = []
+    for s, e in spans(cu):
+        h = zxbcdt.new_zeros(H, d_inner // H, S)
+        for t in range(s, e):
+            z, dt = zxbcdt[t, :d_inner], (1 + (zxbcdt[t, d_inner + channels :] + dt_bias).exp()).log()
+            conv = conv_bias
+            for j in range(min(K, t - s + 1)):
+                conv = conv + conv_weight[:, K - 1 - j] * zxbcdt[t - j, d_inner : d_inner + channels]
+            act = conv / (1 + (-conv).exp())
+            x, B, C = act[:d_inner].view(H, -1), act[d_inner : d_inner + S], act[d_inner + S :]
+            h = (-dt * A_log.exp()).exp()[:, None, None] * h + dt[:, None, None] * x[:, :, None] * B
+            v = ((h @ C + skip[:, None] * x).flatten()) * z / (1 + (-z).exp())
+            out.append(v / ((v * v).mean() + eps).sqrt() * norm_weight)
+    out += [zxbcdt.new_zeros(d_inner)] * (zxbcdt.shape[0] - len(out))
+    return torch.stack(out) if out else zxbcdt.new_zeros(0, d_inner)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hnet_kernels as hk
-from hnet_kernels.dispatch import CUDA_OPS
+from hnet_kernels.dispatch import CUDA_OPS, GPU_OPS
 
 from .cases import INTERPRETED, cu_of, qk_with_rate, rand, routing_with
 from .test_pool import on_device
@@ -131,6 +131,18 @@ def ratio_loss_case(device, backend, reduction):
     return call, fields, [torch.tensor(2.0)]
 
 
+def mamba2_case(device, backend):
+    args = {
+        "zxbcdt": rand(T, 73), "conv_weight": rand(40, 4), "conv_bias": rand(40), "dt_bias": rand(1), "A_log": rand(1),
+        "D": rand(1), "norm_weight": rand(32), "cu_seqlens": cu_of(LENGTHS),
+    }  # fmt: skip
+
+    def call(**args):
+        return [hk.mamba2(**args, backend=backend)]
+
+    return call, {n: x.to(device) for n, x in args.items()}, [rand(T, 32, seed=1)]
+
+
 def route_step_case(device, backend):
     q, k = (x.to(device) for x in qk_with_rate(6, D, 0.5))
     flags = torch.arange(6, device=device)
@@ -166,6 +178,7 @@ CASES = {
     "dechunk, bf16": lambda *place: dechunk_case(*place, torch.bfloat16),
     "ema": ema_case,
     **{f"ratio_loss, {by}": lambda *place, b=by: ratio_loss_case(*place, b) for by in ("batch", "sequence")},
+    "mamba2": mamba2_case,
     "route_step": route_step_case,
     "dechunk_step": dechunk_step_case,
 }
@@ -189,7 +202,7 @@ def places():
     for case in CASES:
         for backend in [*on_a_cpu, *(f"{b}-gpu" for b in on_a_gpu)]:
             name, _, gpu = backend.replace("emulated", "cuda").partition("-")
-            if name != "cuda" or case.split(",")[0] in CUDA_OPS:
+            if (name != "cuda" or case.split(",")[0] in CUDA_OPS) and (name != "cpu" or case not in GPU_OPS):
                 marks = pytest.mark.gpu if gpu else ()
                 yield pytest.param(name, "cuda" if gpu else "cpu", case, id=f"{backend}-{case}", marks=marks)
 

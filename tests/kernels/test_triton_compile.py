@@ -118,6 +118,17 @@ def test_the_gate_fails_on_few_warps_without_a_reason(aot, monkeypatch):
     assert "few warps in pool_mean_fwd: a reason" in aot.table([few])
 
 
+def test_registers_moved_on_amd_need_a_reason_and_no_memory(aot, monkeypatch):
+    kernel = aot.kernels()["pool_mean_fwd"]
+    moved = aot.Report(aot.Variant("pool_mean_fwd", "bf16", 256, "planned", "gfx942"), 64, 40, 0, 0, 16)
+    assert moved.problems == ["40 spilled"]
+    monkeypatch.setattr(aot, "kernels", lambda: {"pool_mean_fwd": dataclasses.replace(kernel, moved="a reason")})
+    assert moved.ok
+    assert "registers moved in pool_mean_fwd (AMD): a reason" in aot.table([moved])
+    assert not moved._replace(stack=4).ok
+    assert not moved._replace(variant=moved.variant._replace(target="sm_90")).ok
+
+
 def test_the_gate_compiles_again_only_what_has_changed(aot, monkeypatch, tmp_path):
     compiled = []
 

@@ -46,7 +46,9 @@ def compiled(monkeypatch):
 
 def run_everything(T, N, M, B, D, budget):
     """Every op, forward and backward, in all that a stage of D columns calls."""
-    op = {f: importlib.import_module(f"hnet_kernels.triton.{f}") for f in ("routing", "pool", "dechunk", "ema")}
+    op = {
+        f: importlib.import_module(f"hnet_kernels.triton.{f}") for f in ("routing", "pool", "dechunk", "ema", "mamba2")
+    }
     loss = importlib.import_module("hnet_kernels.triton.ratio_loss").ratio_loss
     x, z, cu = torch.empty(T, D), torch.empty(M, D), torch.zeros(N + 1, dtype=torch.int32)
     out = op["routing"].route(x, x, cu, None, None, budget, False)
@@ -63,6 +65,13 @@ def run_everything(T, N, M, B, D, budget):
     loss(prob_sum, cu, cu_chunks, 4.0, False, False)
     _, final = op["ema"].ema(x, prob, cu, None)
     op["ema"].ema_bwd(x, final, x, prob, cu, None)
+    channels, H = D + 32, D // 16
+    inner, weights = (
+        torch.empty(T, D + channels + H),
+        [torch.empty(*s) for s in ((channels, 4), (channels,), *3 * [(H,)])],
+    )
+    y, *kept = op["mamba2"].mamba2(inner, *weights, torch.empty(D), cu, 1e-5)
+    op["mamba2"].mamba2_bwd(y, inner, *weights, torch.empty(D), *kept, 1e-5)
 
 
 @pytest.mark.parametrize("budgeted", [False, True])

@@ -12,6 +12,7 @@ from safetensors import safe_open
 import hnet_kernels as hk
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
+from hnet_kernels.dispatch import triton_interpreted
 
 FOLDER = Path(os.environ.get("HNET_GOLDEN", Path(__file__).parent.parent / "data"))
 TARGETS = [3.0, 2.5]
@@ -36,7 +37,8 @@ def golden(request):
     return Golden(request.param)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+# By test_triton_interpreted.py: on the Triton kernels, Mamba-2's too
+@pytest.fixture(params=["triton"] if triton_interpreted() else ["cpu", "reference"])
 def backend(request):
     with hk.backend(request.param):
         yield

@@ -13,8 +13,9 @@ from hnet.model.attention import CausalAttention, _unpadded, attention
 from hnet.model.cache import Rows, StageCache
 from hnet.model.conv import DepthwiseConv1d, last_rows
 from hnet.model.isotropic import Block
-from hnet.model.mamba2 import Mamba2, _mamba_ssm, final_states, pass_states, ssd
+from hnet.model.mamba2 import Mamba2, _mamba_ssm, final_states
 from hnet.model.pack import Pack
+from hnet_kernels.reference import pass_states, ssd
 
 PACKS = {
     "one": [1],
