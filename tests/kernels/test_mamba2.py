@@ -160,18 +160,22 @@ def in_low_precision(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(native, dtype):
-    """At most 2x (gradients 3x) the error of PyTorch in the same dtype against fp64. The gradient of A_log, a small
-    difference of large sums, is off by percents in bf16 on both."""
+    """At most 2x (gradients 3x) the error of PyTorch in the same dtype against fp64, each the largest of three draws:
+    the gradient of a parameter of two heads is two sums in which large terms cancel; one draw's error says little."""
     backend, device = native
     shape, lengths = SHAPES["2x64x64"], [70, 130]
-    cu, args = cu_of(lengths, device), [a.to(device) for a in arguments(200, shape, dtype, decay=-2)]
-    dout = rand(200, 128, dtype=dtype, seed=9).to(device)
-    exact = run(hk.mamba2, [a.double() for a in args], dout, cu_seqlens=cu, backend="reference")
-    plain = run(in_low_precision, args, dout, cu=cu)
-    got = run(hk.mamba2, args, dout, cu_seqlens=cu, backend=backend)
-    assert got[0].dtype == got[1].dtype == dtype
-    for i, (g, p, w) in enumerate(zip(got, plain, exact, strict=True)):
-        assert rel(g, w) <= allowed(rel(p, w), 2 if i == 0 else 3, dtype), (i, rel(g, w), rel(p, w))
+    cu, dout = cu_of(lengths, device), rand(200, 128, dtype=dtype, seed=9).to(device)
+    ours, theirs = [], []
+    for seed in range(3):
+        args = [a.to(device) for a in arguments(200, shape, dtype, decay=-2, seed=seed)]
+        exact = run(hk.mamba2, [a.double() for a in args], dout, cu_seqlens=cu, backend="reference")
+        plain = run(in_low_precision, args, dout, cu=cu)
+        got = run(hk.mamba2, args, dout, cu_seqlens=cu, backend=backend)
+        assert got[0].dtype == got[1].dtype == dtype
+        ours.append([rel(g, w) for g, w in zip(got, exact, strict=True)])
+        theirs.append([rel(p, w) for p, w in zip(plain, exact, strict=True)])
+    for i, (g, p) in enumerate(zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)):
+        assert max(g) <= allowed(max(p), 2 if i == 0 else 3, dtype), (i, g, p)
 
 
 def test_same_bits_every_time(on):
