@@ -79,9 +79,9 @@ def _route_fwd_kernel(
         boundary = boundary & (tl.load(candidates + t, mask=on, other=0) != 0)
     code = tl.where(first, FIRST, tl.where(boundary, ORDINARY, 0))
     tl.store(prob + t, p, mask=on)
-    tl.store(norms + row, tl.where(pair, cos, 0.0), mask=on)
-    tl.store(norms + (row + T), tl.where(pair, inv_q, 0.0), mask=on)
-    tl.store(norms + (row + T + T), tl.where(pair, inv_k, 0.0), mask=on)
+    tl.store(norms + t, tl.where(pair, cos, 0.0), mask=on)
+    tl.store(norms + T + t, tl.where(pair, inv_q, 0.0), mask=on)  # the address moves first: 3 T may pass 2^31
+    tl.store(norms + T + T + t, tl.where(pair, inv_k, 0.0), mask=on)
     tl.store(code_out + t, code.to(tl.int8), mask=on)
     tl.store(block_count + pid, tl.sum((code > 0).to(tl.int32)))
     tl.store(block_sum + pid, tl.sum(p))
@@ -89,7 +89,7 @@ def _route_fwd_kernel(
 
 @jit
 def _route_bwd_kernel(
-    q, k, cu_seqlens, bias, mask, norms, dprob, dselected, dprob_sum, dq, dk, dbias,
+    q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
     HAS_DSUM: tl.constexpr, HAS_DBIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,10 +108,9 @@ def _route_bwd_kernel(
         g += tl.where(tl.load(mask + t, mask=pair, other=0) != 0, d, -d)
     if HAS_DSUM:
         g += tl.load(dprob_sum + seq, mask=pair, other=0.0)
-    row = t.to(tl.int64)
-    cos = tl.load(norms + row, mask=pair, other=0.0)
-    inv_q = tl.load(norms + (row + T), mask=pair, other=0.0)
-    inv_k = tl.load(norms + (row + T + T), mask=pair, other=0.0)
+    cos = tl.load(cos_in + t, mask=pair, other=0.0)
+    inv_q = tl.load(inv_q_in + t, mask=pair, other=0.0)
+    inv_k = tl.load(inv_k_in + t, mask=pair, other=0.0)
     raw = (1.0 - cos) * 0.5
     if HAS_BIAS:
         scale = _scale(bias)
@@ -124,6 +123,7 @@ def _route_bwd_kernel(
     cross = g * inv_q * inv_k
     own_q = tl.where(inv_q < 1e12, -g * cos * inv_q * inv_q, 0.0)  # a norm at the floor is a constant
     own_k = tl.where(inv_k < 1e12, -g * cos * inv_k * inv_k, 0.0)
+    row = t.to(tl.int64)
     for d in range(0, D, BLOCK_D):
         c = d + tl.arange(0, BLOCK_D)
         col = (c < D)[None, :]
@@ -182,8 +182,8 @@ ROUTE_FWD = Kernel(
 ROUTE_BWD = Kernel(
     _route_bwd_kernel,
     {
-        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "norms": "*fp32",
-        "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
+        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "cos_in": "*fp32",
+        "inv_q_in": "*fp32", "inv_k_in": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
         "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32",
         "k_stride": "i32",
     },
@@ -228,7 +228,7 @@ def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob
     dbias = empty(q, blocks) if bias_grad else None
     grads = dense(dprob, dselected, dprob_sum)
     ROUTE_BWD.launch(
-        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, norms, *grads, dq, dk, dbias,
+        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, *norms.unbind(), *grads, dq, dk, dbias,
         T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
         HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
     )  # fmt: skip

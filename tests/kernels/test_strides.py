@@ -133,14 +133,14 @@ def ratio_loss_case(device, backend, reduction):
 
 def mamba2_case(device, backend):
     args = {
-        "zxbcdt": rand(T, 73), "conv_weight": rand(40, 4), "conv_bias": rand(40), "dt_bias": rand(1), "A_log": rand(1),
-        "D": rand(1), "norm_weight": rand(32), "cu_seqlens": cu_of(LENGTHS),
+        "zxbcdt": rand(T, 138), "conv_weight": rand(72, 4), "conv_bias": rand(72), "dt_bias": rand(2), "A_log": rand(2),
+        "D": rand(2), "norm_weight": rand(64), "cu_seqlens": cu_of(LENGTHS),
     }  # fmt: skip
 
     def call(**args):
         return [hk.mamba2(**args, backend=backend)]
 
-    return call, {n: x.to(device) for n, x in args.items()}, [rand(T, 32, seed=1)]
+    return call, {n: x.to(device) for n, x in args.items()}, [rand(T, 64, seed=1)]
 
 
 def route_step_case(device, backend):
