@@ -121,8 +121,7 @@ def ops(shape: Shape) -> dict[str, Op]:
         ),
         "ratio_loss": Op((12 * N, 8 * N), Pass(lambda i: hk.ratio_loss(r, 6.0), lambda i, out: of((out,), sums))),
     }
-    if hasattr(hk, "mamba2"):
-        found["mamba2"] = mamba2(T, D, cu, leaf, fp32, of)
+    found["mamba2"] = mamba2(T, D, cu, leaf, fp32, of)
     return found
 
 

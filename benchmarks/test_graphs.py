@@ -119,7 +119,7 @@ FORMS: dict[str, Callable[[Shape, str], Case]] = {
     "dechunk, fp32 residual": lambda s, device: dechunk(s, device, torch.float32),
     "dechunk, one long chunk": lambda s, device: dechunk(s, device, torch.float32, long=True),
     "round trip": round_trip,
-    **({"mamba2": mamba2} if hasattr(hk, "mamba2") else {}),
+    "mamba2": mamba2,
 }
 
 

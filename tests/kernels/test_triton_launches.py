@@ -12,7 +12,8 @@ from .cases import INTERPRETED, PACKS, cu_of, leaf, qk_with_rate, rand
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 (test_triton_interpreted.py sets it)")
 
 FILES = {"route": "routing", "route_bwd": "routing", "pool_bwd": "pool", "dechunk_bwd": "dechunk"}
-FREE = {"empty", "new_empty", "empty_like", "view", "detach", "select", "slice", "unbind", "expand", "alias"}  # nothing computed
+# nothing computed
+FREE = {"empty", "new_empty", "empty_like", "view", "detach", "select", "slice", "unbind", "expand", "alias"}
 WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
 KERNELS = {
     *("_route_fwd_kernel", "_upper_digits_kernel", "_lower_digits_kernel", "_compact_kernel", "_route_bwd_kernel"),
