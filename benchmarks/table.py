@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = ("eager", "compile", "published")
+LAYER_OPS = ("add_rms_norm", "attention", "gated_conv", "swiglu")
 OURS = ("triton", "cuda")  # backends of ours that race each other
 
 
@@ -48,17 +49,20 @@ def op_table(rows: list[dict]) -> list[str]:
     ]
     for r in rows:
         ours = r["seconds"][r["ours"]]
-        cells = [r["op"], str(r["T"]), r["dtype"], r["direction"], f"{1e3 * ours:.2f} ms", f"{of_copy(r):.0f} %"]
+        cells = [r["op"], str(r["T"]), r["dtype"], r["direction"], f"{1e3 * ours:.2f} ms"]
+        cells.append(f"{of_copy(r):.0f} %" if r["bytes"] else "")
         lines.append(line([*cells, against(r, "eager"), against(r, "compile")]))
     return lines
 
 
-def step_lines(rows: list[dict]) -> list[str]:
-    lines = []
+def step_table(rows: list[dict]) -> list[str]:
+    """A training step of the laptop model; every other setting with how many times longer it takes"""
+    others = [name for name in rows[0]["seconds"] if name != "ours"]
+    lines = [line(["bytes", "dtype", "ours", *others]), "|--:|---|--:|" + "--:|" * len(others)]
     for r in rows:
-        s = r["seconds"]
-        text = "; ".join(f"{name}: {1e3 * t:.0f} ms" for name, t in s.items())
-        lines.append(f"{r['op'].capitalize()} of the {r['model']} model, {r['T']} bytes, {r['dtype']}: {text}.")
+        s, ours = r["seconds"], r["seconds"]["ours"]
+        cells = [f"{1e3 * s[n]:.0f} ms ({s[n] / ours:.2f}x)" for n in others]
+        lines.append(line([str(r["T"]), r["dtype"], f"{1e3 * ours:.0f} ms ({r['T'] / ours / 1e3:.0f} kB/s)", *cells]))
     return lines
 
 
@@ -68,15 +72,20 @@ def load(name: str) -> dict:
 
 def cpu_section(data: dict) -> str:
     m, rows = data["machine"], data["rows"]
-    ops = [r for r in rows if "direction" in r]
+    ops = [r for r in rows if "direction" in r and r["op"] not in LAYER_OPS]
     shape = ops[0]
     about = (
         f"{m['cpu']} ({m['isa']}, {m['threads']} threads), torch {m['torch']}, {m['date']}, memory {m['memory']}. "
         f"D = {shape['D']}, {shape['N']} ragged sequences, mean chunk about 5; medians, one run: "
         f"`{m['command']}`."
     )
-    steps = step_lines([r for r in rows if "model" in r and r["model"] != "ChunkLM"])
-    return "\n".join([*op_table(ops), "", about, "", *steps, ""])
+    return "\n".join([*op_table(ops), "", about, ""])
+
+
+def layers_section(data: dict) -> str:
+    rows = data["rows"]
+    steps = step_table([r for r in rows if r["op"] == "training step" and r["model"] == "laptop"])
+    return "\n".join([*steps, "", where(data["machine"]), ""])
 
 
 def where(m: dict) -> str:
@@ -174,6 +183,7 @@ def replay_of(row: dict, measured: list[dict]) -> str:
 
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
             "training_curriculum": ("training_curriculum", curriculum_section),
+            "layers": ("layers", layers_section),
             "predicted": ("predicted", predicted_section)}  # fmt: skip
 
 

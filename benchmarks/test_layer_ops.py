@@ -5,69 +5,57 @@ Counted bytes: what each must read and write once (docs/kernels.md); of attentio
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import hnet_kernels as hk
-from hnet.model.attention import attention as dense_attention
-from hnet.model.attention import rotate
-from hnet.model.conv import DepthwiseConv1d
 from hnet.model.pack import Pack
 
+from . import plain_layers
 from .harness import copy_of
 from .test_route import DIRECTIONS, DTYPES
 
-D, K, HEADS, WINDOW = 128, 4, 4, 127
+D, K, HEADS, WINDOW, EPS = 128, 4, 4, 127, 1e-5
+
+
+def inputs(dtype, *shape):
+    return [torch.randn(*shape).to(dtype) for _ in range(2)]
 
 
 def norm_of(T, dtype, cu):
-    x, weight = [torch.randn(T, D).to(dtype) for _ in range(2)], torch.ones(D).requires_grad_()
-    residual = torch.randn(T, D).requires_grad_()
-
-    def plain(x):
-        s = residual + x
-        return F.rms_norm(s, (D,), weight, 1e-5).to(x.dtype), s
-
-    size = torch.finfo(dtype).bits // 8 * T * D
-    return x, (residual, weight), lambda x: hk.add_rms_norm(x, residual, weight, backend="cpu"), plain, (
-        2 * size + 8 * T * D, 2 * size + 12 * T * D
+    """inputs, parameters, ours, plain, bytes forward and backward"""
+    residual, weight = torch.randn(T, D).requires_grad_(), torch.ones(D).requires_grad_()
+    size = dtype.itemsize * T * D
+    return (
+        inputs(dtype, T, D), (residual, weight),
+        lambda x: hk.add_rms_norm(x, residual, weight, EPS, backend="cpu"),
+        lambda x: plain_layers.add_rms_norm(x, residual, weight, EPS), (2 * size + 8 * T * D, 2 * size + 12 * T * D),
     )  # fmt: skip
 
 
 def conv_of(T, dtype, cu):
-    x, conv, pack = [torch.randn(T, 2 * D).to(dtype) for _ in range(2)], DepthwiseConv1d(D, K), Pack(cu, T)
-    weight = conv.weight
-
-    def plain(x):
-        u, g = x.chunk(2, 1)
-        return (conv(u, pack) * F.silu(g),)
-
-    size = torch.finfo(dtype).bits // 8 * T * D
-    return x, (weight, conv.bias), lambda x: (hk.gated_conv(x, weight[:, 0], conv.bias, cu, backend="cpu"),), plain, (
-        3 * size, 5 * size
+    weight, bias = torch.randn(D, K).requires_grad_(), torch.randn(D).requires_grad_()
+    size = dtype.itemsize * T * D
+    return (
+        inputs(dtype, T, 2 * D), (weight, bias), lambda x: (hk.gated_conv(x, weight, bias, cu, backend="cpu"),),
+        lambda x: (plain_layers.gated_conv(x, weight, bias, cu),), (3 * size, 5 * size),
     )  # fmt: skip
 
 
 def swiglu_of(T, dtype, cu):
-    x = [torch.randn(T, 2 * 3 * D).to(dtype) for _ in range(2)]
-
-    def plain(x):
-        y, gate = x.chunk(2, 1)
-        return (F.silu(gate) * y,)
-
-    size = torch.finfo(dtype).bits // 8 * T * 3 * D
-    return x, (), lambda x: (hk.swiglu(x, backend="cpu"),), plain, (3 * size, 5 * size)
+    size = dtype.itemsize * T * 3 * D
+    return (
+        inputs(dtype, T, 6 * D), (), lambda x: (hk.swiglu(x, backend="cpu"),), lambda x: (plain_layers.swiglu(x),),
+        (3 * size, 5 * size),
+    )  # fmt: skip
 
 
 def attention_of(T, dtype, cu):
     width, pack = D // HEADS, Pack(cu, T)
-    x = [torch.randn(T, 3, HEADS, width).to(dtype) for _ in range(2)]
-    table = tuple(t.flatten(1) for t in pack.rotary(width))
-
-    def plain(x):
-        qk, v = x.split([2, 1], dim=1)
-        return (dense_attention(rotate(qk, *pack.rotary(width)), v[:, 0], pack, WINDOW),)
-
-    return x, (), lambda x: (hk.attention(x, cu, WINDOW, table, backend="cpu"),), plain, (0, 0)
+    cos, sin = (t.flatten(1) for t in pack.rotary(width))
+    return (
+        inputs(dtype, T, 3, HEADS, width), (),
+        lambda x: (hk.attention(x, cu, WINDOW, (cos, sin), backend="cpu"),),
+        lambda x: (plain_layers.attention(x, pack, WINDOW, width),), (0, 0),
+    )  # fmt: skip
 
 
 OPS = {"add_rms_norm": norm_of, "gated_conv": conv_of, "swiglu": swiglu_of, "attention": attention_of}

@@ -1,12 +1,13 @@
-"""A whole training step. Of the laptop model on a CPU: our kernels against the reference ops, memory kept against
-glibc's default; each setting is a process of its own (glibc's setting cannot be taken back), and they take turns. On a
-GPU: the forms of the trainer's step, one after the other."""
+"""A whole training step. Of the laptop model on a CPU: our kernels against plain PyTorch, for its layers and for
+chunking too, memory kept against glibc's default; each setting is a process of its own (glibc's setting cannot be taken
+back), and they take turns. On a GPU: the forms of the trainer's step, one after the other."""
 
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,25 +15,31 @@ from hnet.train.config import TrainConfig
 
 from . import steps
 
+ROOT = Path(__file__).parents[1]
+
 STEP = """
 import json, sys, time
 import torch
 import torch.nn.functional as F
 import hnet_kernels as hk
 from hnet import HNetConfig, HNetForCausalLM
-backend, keep, T, L, steps = sys.argv[1], sys.argv[2] == "kept", *map(int, sys.argv[3:])
+ops, keep, bf16, T, L, steps = sys.argv[1], sys.argv[2] == "kept", sys.argv[3] == "bfloat16", *map(int, sys.argv[4:])
 if keep: hk.keep_memory()
+if ops != "ours":
+    from benchmarks import plain_layers
+    plain_layers.use()
 torch.manual_seed(0)
 model = HNetForCausalLM(HNetConfig.preset("laptop"))
 opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 cu = torch.arange(0, T + 1, L, dtype=torch.int32)
 seconds = []
-with hk.backend(backend):
+with hk.backend("reference" if ops == "plain" else "auto"):
     for i in range(steps + 4):
         ids = torch.randint(0, 256, (T,))
         begin = time.perf_counter()
-        out = model(ids, cu_seqlens=cu)
-        loss = F.cross_entropy(out.logits, ids.roll(-1)) + 0.5 * hk.ratio_loss(out.routing[0], 4.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            out = model(ids, cu_seqlens=cu)
+        loss = F.cross_entropy(out.logits.float(), ids.roll(-1)) + 0.5 * hk.ratio_loss(out.routing[0], 4.0)
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -41,21 +48,31 @@ print(json.dumps(seconds[4:]))
 """
 
 
-@pytest.mark.parametrize("T", [16384, 65536])
-def test_train_step(benchmark, smoke, rounds, keep_row, T):
-    T, L, count = (512, 128, 1) if smoke else (T, 512, 3)
-    settings = [("auto", "kept"), ("auto", "default"), ("reference", "kept")]
-    seconds: dict[str, list[float]] = {f"{b} ops, memory {m}": [] for b, m in settings}
+SETTINGS = {
+    "ours": ("ours", "kept"),
+    "ours, glibc's default memory": ("ours", "default"),
+    "plain layers": ("plain layers", "kept"),
+    "plain layers and chunking": ("plain", "kept"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("T", [2048, 16384])
+def test_train_step(benchmark, smoke, rounds, keep_row, T, dtype):
+    if smoke and T > 2048:
+        pytest.skip("one size is enough to see that it runs")
+    T, L, count = (512, 128, 1) if smoke else (T, 512, max(3, 24576 // T))
+    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
 
     def turn():
-        for backend, memory in settings:
-            args = [sys.executable, "-c", STEP, backend, memory, str(T), str(L), str(count)]
-            out = subprocess.run(args, capture_output=True, text=True, check=True).stdout
-            seconds[f"{backend} ops, memory {memory}"] += json.loads(out)
+        for name, (ops, memory) in SETTINGS.items():
+            args = [sys.executable, "-c", STEP, ops, memory, dtype, str(T), str(L), str(count)]
+            out = subprocess.run(args, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+            seconds[name] += json.loads(out)
 
     benchmark.pedantic(turn, rounds=1 if smoke else max(rounds // 7, 3), iterations=1)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
-    keep_row(medians, ours="auto ops, memory kept", op="training step", dtype="float32", T=T, L=L, model="laptop")
+    keep_row(medians, ours="ours", op="training step", dtype=dtype, T=T, L=L, model="laptop")
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def _route_fwd_kernel(
 
 @jit
 def _route_bwd_kernel(
-    q, k, cu_seqlens, bias, mask, cos_in, inv_q_in, inv_k_in, dprob, dselected, dprob_sum, dq, dk, dbias,
+    q, k, cu_seqlens, bias, mask, norms, dprob, dselected, dprob_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
     HAS_DSUM: tl.constexpr, HAS_DBIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -108,9 +108,9 @@ def _route_bwd_kernel(
         g += tl.where(tl.load(mask + t, mask=pair, other=0) != 0, d, -d)
     if HAS_DSUM:
         g += tl.load(dprob_sum + seq, mask=pair, other=0.0)
-    cos = tl.load(cos_in + t, mask=pair, other=0.0)
-    inv_q = tl.load(inv_q_in + t, mask=pair, other=0.0)
-    inv_k = tl.load(inv_k_in + t, mask=pair, other=0.0)
+    cos = tl.load(norms + t, mask=pair, other=0.0)
+    inv_q = tl.load(norms + T + t, mask=pair, other=0.0)  # the address moves first: 3 T may pass 2^31
+    inv_k = tl.load(norms + T + T + t, mask=pair, other=0.0)
     raw = (1.0 - cos) * 0.5
     if HAS_BIAS:
         scale = _scale(bias)
@@ -163,11 +163,14 @@ def _route_step_kernel(
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-def _row_plan(**flags):
-    return lambda D, dtype, gpu: (
-        {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, 128 if dtype == torch.float32 else 256), **flags},
-        {"num_warps": 4},
-    )  # fmt: skip
+def _row_plan(columns=256, **flags):
+    """columns: how many 16-bit ones a tile has at most; of fp32, 128"""
+
+    def plan(D, dtype, gpu):
+        most = 128 if dtype == torch.float32 else columns
+        return {"D": D, "BLOCK": ROUTE_BLOCK, "BLOCK_D": block_columns(D, most), **flags}, {"num_warps": 4}
+
+    return plan
 
 
 ROUTE_FWD = Kernel(
@@ -182,12 +185,13 @@ ROUTE_FWD = Kernel(
 ROUTE_BWD = Kernel(
     _route_bwd_kernel,
     {
-        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "cos_in": "*fp32",
-        "inv_q_in": "*fp32", "inv_k_in": "*fp32", "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
+        "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "norms": "*fp32",
+        "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
         "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32",
         "k_stride": "i32",
     },
-    _row_plan(HAS_BIAS=False, HAS_DBIAS=False, HAS_DPROB=True, HAS_DSELECTED=True, HAS_DSUM=True),
+    # 256 columns spill 8 bytes on sm_90 where they are all there are
+    _row_plan(128, HAS_BIAS=False, HAS_DBIAS=False, HAS_DPROB=True, HAS_DSELECTED=True, HAS_DSUM=True),
 )  # fmt: skip
 ROUTE_STEP = Kernel(
     _route_step_kernel,
@@ -228,7 +232,7 @@ def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob
     dbias = empty(q, blocks) if bias_grad else None
     grads = dense(dprob, dselected, dprob_sum)
     ROUTE_BWD.launch(
-        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, *norms.unbind(), *grads, dq, dk, dbias,
+        (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, norms, *grads, dq, dk, dbias,
         T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
         HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
     )  # fmt: skip
