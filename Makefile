@@ -3,13 +3,15 @@
 # make gate   compile every Triton kernel for every GPU target (no GPU needed); fails on a register spill or few warps;
 #             make gate TRITON=3.6.0 again under that version, which it downloads
 # make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
+# make learning DATA=FILE   what an H-Net learns in equal time beside other models: tables and curves (docs/learning.md),
+#             under an hour on a machine with nothing else to do
 # make wheel  build the wheel and one of the ops alone, install each apart from the sources and use it
 # make gpu    on a machine with a GPU: scripts/gpu_harvest.sh all, which builds for the torch that PYTHON has, tests and
 #             measures, downloads nothing; then the tables. Apart and in full: make gpu-build, make gpu-test, make gpu-bench
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow gate check bench smoke wheel sanitize clean gpu gpu-build gpu-test gpu-bench
+.PHONY: setup demo test test-slow gate check bench learning smoke wheel sanitize clean gpu gpu-build gpu-test gpu-bench
 
 setup: .venv/ready
 
@@ -51,6 +53,13 @@ check: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks -q -s -m "not gpu" $(if $(RESULTS),--results $(RESULTS))
 	$(if $(RESULTS),$(BIN)/python -m benchmarks.table)
+
+LEARNING := $(BIN)/python -m benchmarks.learning
+learning: setup
+	@test -f "$(DATA)" || { echo "make learning DATA=FILE: the text to learn from, such as tinyshakespeare.txt"; exit 1; }
+	$(LEARNING) --data "$(DATA)" --seconds 20 30 60 120 --seeds 3
+	$(LEARNING) --data "$(DATA)" --seconds 300 --seeds 1
+	$(LEARNING) plot
 
 smoke: setup
 	$(BIN)/python -m pytest benchmarks -q --smoke

@@ -3,7 +3,8 @@
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
 every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
-those of `python -m benchmarks.training`, and `predicted` is that of `python -m benchmarks.predict`.
+those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning` and `predicted` that of
+`python -m benchmarks.predict`.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
@@ -14,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+
+from .learning.report import learning_section
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -183,7 +186,7 @@ def replay_of(row: dict, measured: list[dict]) -> str:
 
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
             "training_curriculum": ("training_curriculum", curriculum_section),
-            "layers": ("layers", layers_section),
+            "layers": ("layers", layers_section), "learning": ("learning", learning_section),
             "predicted": ("predicted", predicted_section)}  # fmt: skip
 
 
