@@ -55,6 +55,20 @@ class TrainConfig(RunConfig):
         choices=("none", "bias", "alpha"),
     )
     rate_gain: float = key(0.02, "how far the controller moves a step for an error of 100 %", low=0)
+    entropy_weight: list[float] = key(
+        [0.0],
+        "weight of the mean binary entropy of p in the loss, which makes routers decide; for all stages or one each",
+        low=0,
+    )
+    entropy_start: float = key(0.3, "share of the steps before the entropy term acts", low=0, high=1)
+    entropy_warmup: float = key(0.3, "share of the steps over which entropy_weight then grows from 0", low=0, high=1)
+    surprisal_weight: list[float] = key(
+        [0.0],
+        "weight of teaching routers where: cross entropy of p against the 1/N positions after which the model is least "
+        "sure of what comes, its expected surprisal; for all stages or one each",
+        low=0,
+    )
+    surprisal_warmup: float = key(0.1, "share of the steps over which surprisal_weight grows from 0", low=0, high=1)
     boundaries: str = key(
         "any",
         "where chunks may begin: any, char-start, char-end (first or last byte of UTF-8 characters)",
@@ -140,6 +154,8 @@ class TrainConfig(RunConfig):
         self.compression = targets(self.compression, routed)
         if self.compression_start:
             self.compression_start = targets(self.compression_start, routed)
+        for name in ("entropy_weight", "surprisal_weight"):
+            need(len(getattr(self, name)) in (1, routed), name, f"one weight, or one for each of {routed} stages")
         need(len(self.max_chunks) in (0, routed), "max_chunks", f"empty or one share for each of {routed} stages")
         need(all(0 < m <= 1 for m in self.max_chunks), "max_chunks", "in (0, 1]")
         need(self.recompute or not self.recompute_stages, "recompute_stages", "left out unless recompute is on")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import hnet_kernels as hk
 
+from .decisive import Decisive, Teacher, mean_entropy, uncertainty
+
 
 class StageStats(NamedTuple):
     """One stage with routing, all () on the device."""
@@ -39,11 +41,13 @@ def losses(
     reduction: str = "batch",
     straight_through: bool = False,
     label_smoothing: float = 0.0,
+    decisive: Decisive | None = None,
+    candidates: Tensor | None = None,
 ) -> Losses:
-    """logits (T, vocab), targets (T,) int64; a target ratio for each Routing; weights (stages,) of the ratio losses."""
+    """logits (T, vocab), targets (T,) int64; a target ratio for each Routing; weights (stages,) of the ratio losses.
+    candidates (T,) bool: where chunks of the outermost stage may begin, if not anywhere (asked for by `decisive`)."""
     logits = logits.float()
-    ce = F.cross_entropy(logits, targets)
-    loss = ce
+    loss = ce = F.cross_entropy(logits, targets)
     if label_smoothing:
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     stages = []
@@ -55,4 +59,10 @@ def losses(
     ratios = [s.ratio_loss for s in stages]
     if ratios:
         loss = loss + torch.dot(weights, torch.stack(ratios))
+    if decisive is not None and decisive.entropy is not None:
+        loss = loss + torch.dot(decisive.entropy, torch.stack([mean_entropy(r) for r in routing]))
+    if decisive is not None and decisive.surprisal is not None:
+        teacher = Teacher(uncertainty(logits), candidates)
+        taught_losses = [teacher.loss(r, n) for r, n in zip(routing, compression, strict=True)]
+        loss = loss + torch.dot(decisive.surprisal, torch.stack(taught_losses))
     return Losses(loss, ce, sum(ratios, start=ce.new_zeros(())), stages)

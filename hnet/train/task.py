@@ -39,12 +39,15 @@ from hnet.events import Event
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import load_state
 from hnet.model.cost import stage_costs
+from hnet.model.hnet import candidates
+from hnet.model.pack import Pack
 from hnet.model.parameters import stage_parameters
 from hnet.segment import boundaries, render_plain, render_rich
 
 from .compile import compile_blocks, compile_wanted
 from .compression import Compression
 from .config import TrainConfig
+from .decisive import Decisive
 from .distributed import shard
 from .evaluation import evaluate_hnet
 from .losses import losses
@@ -85,10 +88,12 @@ class HNetTask:
         given = config.lr_multipliers or [1.0] * len(self.stages)
         self.multipliers = lr_multipliers(self.model.config, config.compression) if isinstance(given, str) else given
         self.compression = Compression(config, self.model)
+        self.decisive = Decisive(config, len(self.compression.stages), device)
         self.costs = stage_costs(self.model)
 
     def prepare(self, step: int) -> None:
         self.compression.prepare(step)
+        self.decisive.prepare(step)
 
     def constants(self, step: int) -> Hashable:
         return tuple(self.compression.targets(step))
@@ -104,6 +109,7 @@ class HNetTask:
             out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(),
             reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
+            decisive=self.decisive, candidates=self._candidates(batch),
         )  # fmt: skip
         lengths = [batch.cu_seqlens.diff(), *(r.cu_chunks.diff() for r in out.routing)]
         flops = torch.stack([cost.of(x) for cost, x in zip(self.costs, lengths, strict=True)]).sum()
@@ -118,6 +124,12 @@ class HNetTask:
                 f"stage{i}/dropped": s.dropped / n,
             }  # fmt: skip
         return result.loss, means
+
+    def _candidates(self, batch: Batch) -> Tensor | None:
+        where = self.model.config.routing_cfg.boundaries
+        if self.decisive.surprisal is None or where == "any":
+            return None
+        return candidates(where, batch.input_ids, Pack(batch.cu_seqlens, len(batch.input_ids)))
 
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
         if self.compression.stages:

@@ -15,6 +15,7 @@ from hnet.model.norm import RMSNorm
 from hnet.model.parameters import stage_parameters
 from hnet.train.clipping import Clipper
 from hnet.train.compression import Compression
+from hnet.train.decisive import Decisive
 from hnet.train.device_step import DeviceStep
 from hnet.train.optim import Optimizers
 from hnet.train.task import HNetTask
@@ -28,9 +29,10 @@ MODELS = {
                    "max_chunks": [0.7, 0.5]},
     "small": {"preset": "small", "max_chunks": [0.6]},
 }  # fmt: skip
+TERMS = {"entropy_weight": [0.1], "surprisal_weight": [0.1, 0.2]}
 OPTIONS = {
     "adaptive+bias": {"clipping": "adaptive", "rate_control": "bias", "ratio_warmup": 5, "dropout": 0.1},
-    "characters": {"boundaries": "char-end", "label_smoothing": 0.1, "ratio_reduction": "sequence"},
+    "characters": {"boundaries": "char-end", "label_smoothing": 0.1, "ratio_reduction": "sequence", **TERMS},
     "recompute": {"recompute": True, "straight_through": True, "rate_control": "alpha", "clipping": "off"},
 }
 
@@ -51,6 +53,7 @@ def make_step(task: HNetTask, device: str) -> tuple[DeviceStep, list[Batch]]:
             m.recompute = config.recompute
     task.stages = stage_parameters(task.model)
     task.compression = Compression(config, task.model)
+    task.decisive = Decisive(config, len(task.compression.stages), here)
     optimizers = Optimizers(task.model, config, task.multipliers, config.router_lr)
     if optimizers.rates is None:
         optimizers.keep_rates_on(here)

@@ -1,0 +1,179 @@
+"""The terms that make routers decide, against numpy and autograd; and what they do to a run."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hnet_kernels as hk
+from hnet.errors import UserError
+from hnet.model.causal_lm import HNetForCausalLM
+from hnet.model.hnet import candidates
+from hnet.model.pack import Pack
+from hnet.train.decisive import EDGE, Decisive, Teacher, mean_entropy
+from hnet.train.loop import Trainer
+from hnet.train.losses import losses
+
+from .test_resume import run_with_a_crash, same_runs
+
+STEPS = 100
+TEXT = "the న్య tale of\nthe శాల, a wind — and nothing else whatever".encode()
+CU = torch.tensor([0, 1, 30, 30, 55, len(TEXT), len(TEXT)], dtype=torch.int32)  # of one position, and empty ones
+
+
+def routing(positions, cu_seqlens, seed, **kw):
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, positions, 8).unbind()
+    return hk.route(q, k, cu_seqlens, backend="reference", **kw)
+
+
+def expected_targets(nats, cu_seqlens, places, could, positions_per_chunk):
+    """By the words of the docstring. nats (bytes,): of the target after each byte; places: the byte of each position,
+    and the end."""
+    chosen, surprise = np.zeros(len(could), bool), {}
+    sequences = [(a, b) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False) if b > a]
+    for a, b in sequences:
+        free = [m for m in range(a + 1, b) if could[m]]
+        for m, after in zip(free, [*free[1:], b], strict=False):
+            surprise[m] = sum(nats[i] for i in range(places[m], places[after]))
+    wanted = max(round(cu_seqlens[-1] / positions_per_chunk) - len(sequences), 0)
+    chosen[sorted(surprise, key=lambda m: -surprise[m])[:wanted]] = True
+    return chosen, sorted(surprise)
+
+
+@pytest.mark.parametrize("boundaries", ["any", "char-start", "char-end"])
+@pytest.mark.parametrize("budget", [None, 60])
+@pytest.mark.parametrize("ratio", [2.5, 4.0, 30.0])
+def test_targets_against_numpy(boundaries, budget, ratio):
+    """Three stages of a ragged pack, with padding rows inside where there is a budget."""
+    T, ids = len(TEXT), torch.tensor(list(TEXT))
+    nats = torch.rand(T, generator=torch.Generator().manual_seed(3)) * 5
+    could = None if boundaries == "any" else candidates(boundaries, ids, Pack(CU, T))
+    outer = routing(T, CU, 0, candidates=could, max_chunks=budget)
+    inner = routing(len(outer.chunk_start), outer.cu_chunks, 1, max_chunks=budget, padded=budget is not None)
+    teacher = Teacher(nats, could)
+    places = [*range(T), T]
+    for r, allowed in ((outer, could), (inner, None)):
+        used, cu = int(r.cu_seqlens[-1]), r.cu_seqlens.tolist()
+        could_here = np.ones(used, bool) if allowed is None else allowed.numpy()
+        expected, free = expected_targets(nats.double().numpy(), cu, places, could_here, ratio)
+        t, may = teacher.targets(r, ratio)
+        assert t[:used].tolist() == expected.tolist()
+        assert may.nonzero().flatten().tolist() == free
+        assert not t[used:].any()
+        p = r.boundary_prob.double().numpy()
+        inside = EDGE + (1 - 2 * EDGE) * p
+        bce = [-np.log(inside[m] if expected[m] else 1 - inside[m]) for m in free]
+        torch.testing.assert_close(teacher.loss(r, ratio).item(), float(np.mean(bce)) if free else 0.0)
+        entropy = [-x * np.log(x) - (1 - x) * np.log(1 - x) for x in inside[:used]]
+        torch.testing.assert_close(mean_entropy(r).item(), float(np.mean(entropy)))
+        places = [*(places[i] for i in r.chunk_start[: int(r.num_chunks)].tolist()), T]
+
+
+def test_gradients_against_the_formulas():
+    """dH/dp = ln((1 - p) / p) and dBCE/dp = (p - t) / (p (1 - p)), in fp64; finite at 0 and 1; none to the nats."""
+    T, ratio = len(TEXT), 4.0
+    nats = torch.rand(T, dtype=torch.float64, requires_grad=True)
+    r = routing(T, CU, 0)
+    p = r.boundary_prob.double()
+    p[5], p[6] = 0.0, 1.0
+    r = r._replace(boundary_prob=p.requires_grad_())
+    t, free = Teacher(nats).targets(r, ratio)
+    x = EDGE + (1 - 2 * EDGE) * p.detach()
+    (found,) = torch.autograd.grad(mean_entropy(r), p)
+    torch.testing.assert_close(found, ((1 - x) / x).log() * (1 - 2 * EDGE) / T)
+    loss = Teacher(nats).loss(r, ratio)
+    found, none = torch.autograd.grad(loss, (p, nats), allow_unused=True)
+    assert none is None
+    slope = torch.where(free, (x - t.double()) / (x * (1 - x)), 0)
+    torch.testing.assert_close(found, slope * (1 - 2 * EDGE) / free.sum())
+    torch.autograd.gradcheck(lambda p: mean_entropy(r._replace(boundary_prob=p)), x.clone().requires_grad_())
+    torch.autograd.gradcheck(
+        lambda p: Teacher(nats).loss(r._replace(boundary_prob=p), ratio), x.clone().requires_grad_()
+    )
+
+
+def test_weights_of_zero_are_the_loss_without(config):
+    """To the bit, gradients too."""
+    T = len(TEXT)
+    config = dataclasses.replace(config, entropy_weight=[0.0], surprisal_weight=[0.0])
+    zero = Decisive(config, 1, torch.device("cpu"))
+    assert (zero.entropy, zero.surprisal) == (None, None)
+    targets, weights = torch.arange(T), torch.tensor([0.7])
+    got = []
+    for decisive in (zero, None, "by hand"):
+        q, k = torch.randn(2, T, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        q.retain_grad()
+        logits = torch.randn(T, 256, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        r = hk.route(q, k, CU)
+        if decisive == "by hand":
+            loss = F.cross_entropy(logits, targets) + torch.dot(weights, hk.ratio_loss(r, 3.0)[None])
+        else:
+            loss = losses(logits, targets, [r], [3.0], weights, decisive=decisive).loss
+        loss.backward()
+        got.append(torch.cat([loss.detach()[None], q.grad.flatten(), logits.grad.flatten()]))
+    assert torch.equal(got[0], got[1])
+    assert torch.equal(got[0], got[2])
+
+
+def test_weights_over_the_run(config):
+    config = dataclasses.replace(
+        config, arch="c1 m1T1 T1", d_model=[32, 64, 64], compression=[3.0, 2.0], steps=10, entropy_weight=[0.1, 0.2],
+        entropy_start=0.4, entropy_warmup=0.2, surprisal_weight=[0.5], surprisal_warmup=0.4,
+    ).validate()  # fmt: skip
+    d = Decisive(config, 2, torch.device("cpu"))
+    seen = []
+    for step in (0, 2, 4, 5, 6, 9):
+        d.prepare(step)
+        seen.append([round(x, 6) for x in (*d.entropy.tolist(), *d.surprisal.tolist())])
+    assert seen == [
+        [0, 0, 0, 0], [0, 0, 0.25, 0.25], [0, 0, 0.5, 0.5], [0.05, 0.1, 0.5, 0.5], [0.1, 0.2, 0.5, 0.5],
+        [0.1, 0.2, 0.5, 0.5],
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="entropy_weight must be one weight, or one for each of 2 stages"):
+        dataclasses.replace(config, entropy_weight=[0.1, 0.2, 0.3]).validate()
+
+
+def test_resume_is_exact_while_the_weights_move(config):
+    config = dataclasses.replace(
+        config, accumulation=2, arch="c1 m1T1 T1", d_model=[32, 64, 64], windows=[15, 15, -1], compression=[3.0, 2.0],
+        entropy_weight=[0.1], entropy_start=0.3, entropy_warmup=0.6, surprisal_weight=[0.5, 0.2], surprisal_warmup=1.0,
+        steps=4, checkpoint_every=2, eval_every=4,
+    )  # fmt: skip
+    run_with_a_crash(config, at=3)
+    Trainer(dataclasses.replace(config, out=config.out + "2")).train()
+    same_runs(Path(config.out), Path(config.out + "2"))
+
+
+@pytest.mark.parametrize("terms", [{}, {"entropy_weight": [0.3], "surprisal_weight": [0.2]}], ids=["without", "with"])
+def test_a_router_learns_to_decide(config, terms):
+    """Letters follow from the one before, and only what comes after a space is hard to predict. Without the terms p
+    stays undecided."""
+    torch.manual_seed(0)
+    words = ["abcde ", "fghij ", "klmno ", "pqrst ", "uvwxy "]
+    text = "".join(words[i] for i in torch.randint(5, (172,)).tolist()).encode()
+    ids, T = torch.tensor(list(text)), len(text)
+    config = dataclasses.replace(
+        config, arch="c1 T1", d_model=[32, 32], heads=[2, 2], d_intermediate=[32, 32], steps=STEPS, entropy_start=0.5,
+        **terms,
+    )  # fmt: skip
+    model, decisive = HNetForCausalLM(config.model()), Decisive(config, 1, torch.device("cpu"))
+    adam, cu_seqlens = torch.optim.Adam(model.parameters(), 1e-2), torch.tensor([0, T - 1], dtype=torch.int32)
+    for step in range(STEPS):
+        decisive.prepare(step)
+        out = model(ids[:-1], cu_seqlens=cu_seqlens)
+        losses(out.logits, ids[1:], out.routing, [6.0], torch.ones(1), decisive=decisive).loss.backward()
+        adam.step()
+        adam.zero_grad()
+    r, space = out.routing[0], ids[:-1] == ord(" ")
+    p, b = r.boundary_prob[1:].detach(), r.boundary_mask[1:]
+    if terms:
+        assert p[b].mean() > 0.95
+        assert p[~b].mean() < 0.05
+        assert (b == space[1:]).float().mean() > 0.95
+    else:
+        assert p[b].mean() < 0.8
+        assert p[~b].mean() > 0.2
