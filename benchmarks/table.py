@@ -3,8 +3,8 @@
 A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes from results/NAME.json. The place named
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
 every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
-those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning` and `predicted` that of
-`python -m benchmarks.predict`.
+those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning`, `decisive` that of
+`python -m benchmarks.learning.decisive` and `predicted` that of `python -m benchmarks.predict`.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
@@ -135,6 +135,36 @@ def curriculum_section(data: dict) -> str:
     return "\n".join([*lines, "", where(data["machine"]), ""])
 
 
+def decisive_section(data: dict) -> str:
+    """The rows of the same data, target and arm in one line; of where boundaries are, the mean and the worst seed."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in data["rows"]:
+        groups.setdefault((r["data"], r["boundaries_at"], r["steps"], r["target"], r["arm"]), []).append(r)
+    lines = [
+        "| data, steps | N | | seeds | held-out nats a symbol | bytes a chunk | F / G | p on / off, worst seed | at "
+        "spaces or word starts, worst seed | spaces / word starts / second letters / inside words / other |",
+        "|---|--:|---|--:|---|--:|---|---|--:|---|",
+    ]
+    for (name, at, steps, target, arm), rows in sorted(groups.items(), key=lambda g: (order(g[0][0]), g[0][3])):
+        where = [[r["boundaries"][k] for k in r["boundaries"]] for r in rows]
+        values = [r["val_ce"] for r in rows]
+        spread = f" ({min(values):.3f} to {max(values):.3f})" if len(rows) > 1 else ""
+        cells = [f"{name}{'' if at == 'any' else ', ' + at}, {steps}", f"{target:g}", arm, str(len(rows))]
+        cells += [f"{mean(values):.3f}{spread}", f"{mean(r['bytes_per_chunk'] for r in rows):.2f}"]
+        cells += [f"{mean(r['F'] for r in rows):.3f} / {mean(r['G'] for r in rows):.3f}"]
+        cells += [f"{min(r['p_on'] for r in rows):.2f} / {max(r['p_off'] for r in rows):.2f}"]
+        cells += [f"{100 * min(w[0] + w[1] for w in where):.0f} %"]
+        cells += [" / ".join(f"{mean(column):.2f}" for column in zip(*where, strict=True))]
+        lines.append(line(cells))
+    m = data["machine"]
+    about = f"{m['cpu']} ({m['isa']}, 1 thread), torch {m['torch']}, {rows[0]['date']}; each row's command is in "
+    return "\n".join([*lines, "", about + "`benchmarks/results/decisive.json`.", ""])
+
+
+def order(name: str) -> int:
+    return ["tinyshakespeare", "python", "telugu"].index(name) if name in ("tinyshakespeare", "python", "telugu") else 9
+
+
 def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.{digits}f}{spread}"
@@ -187,6 +217,7 @@ def replay_of(row: dict, measured: list[dict]) -> str:
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
             "training_curriculum": ("training_curriculum", curriculum_section),
             "layers": ("layers", layers_section), "learning": ("learning", learning_section),
+            "decisive": ("decisive", decisive_section),
             "predicted": ("predicted", predicted_section)}  # fmt: skip
 
 
