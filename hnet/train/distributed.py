@@ -50,8 +50,19 @@ def start(device: str) -> World:
     if not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meeting_place(world), rank=world.rank, world_size=world.size)
     return world
+
+
+def meeting_place(world: World) -> dist.Store:
+    """Where the processes tell each other their addresses. torchrun keeps one over its restarts, in which those of
+    dead processes would be found (pytorch issue 135712). Its agents count restarts each for itself, so with several
+    nodes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to help (docs/training.md)."""
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store
 
 
 def finish() -> None:
