@@ -36,8 +36,8 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -
 test: setup
 	$(PYTEST) -m "not slow"
 
-test-slow: setup
-	$(PYTEST) -m slow
+test-slow: setup  # minutes each: none waits for another of its file
+	$(PYTEST) --dist worksteal -m slow
 
 gate: setup
 	$(BIN)/python -m hnet_kernels.info --compile

@@ -89,7 +89,7 @@ def test_agrees_with_the_definition_on_a_mixed_pack(on):
     check(on, [2200], (1, 16, 2, 2), -6.0)
 
 
-@pytest.mark.parametrize("changed", [0, 1, 2])
+@pytest.mark.parametrize("changed", [1] if INTERPRETED else [0, 1, 2])
 def test_documents_are_apart_to_the_last_bit(native, changed):
     """Whatever one of them holds, no bit of another's output or gradient moves."""
     backend, device = native
@@ -158,7 +158,7 @@ def in_low_precision(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_
     return F.rms_norm(y * F.silu(z), (d_inner,), norm_weight, 1e-5).to(zxbcdt.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float16])
 def test_low_precision(native, dtype):
     """At most 2x (gradients 3x) the error of PyTorch in the same dtype against fp64, each the largest of three draws:
     the gradient of a parameter of two heads is two sums in which large terms cancel; one draw's error says little."""
@@ -222,7 +222,6 @@ def test_compile_fullgraph(on):
             assert_close(g, w, 2e-5)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same on any backend")
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
