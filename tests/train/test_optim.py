@@ -1,12 +1,13 @@
 import pytest
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.chunk_lm import ChunkLM, ChunkLMConfig
 from hnet.model.parameters import stage_of, stage_parameters
 from hnet.train.clipping import AT_LEAST, Clipper
 from hnet.train.config import TrainConfig
-from hnet.train.muon import Muon
+from hnet.train.muon import Muon, orthogonalize
 from hnet.train.optim import Optimizers, decays, muon_parameters
 
 
@@ -200,3 +201,14 @@ def test_adaptive_clipping_begins_after_enough_norms():
     again.load_state_dict(clipper.state_dict())
     assert again.count == 50
     assert torch.equal(again.history.nan_to_num(-1), clipper.history.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (128, 300)])
+def test_matrices_that_are_orthogonalised_together_are_as_alone(shape):
+    """To the bit, as fsdp takes them one by one; and as torch does it."""
+    like = dict(coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7)
+    matrices = [torch.randn(shape if i % 2 else shape[::-1]).bfloat16() * 10**i for i in range(-2, 4)]
+    for x, got in zip(matrices, orthogonalize(matrices, **like), strict=True):
+        assert got.shape == x.shape
+        assert torch.equal(got, orthogonalize([x], **like)[0])
+        torch.testing.assert_close(got, _zeropower_via_newtonschulz(x, *like.values()), rtol=0, atol=0.02)
