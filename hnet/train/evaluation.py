@@ -13,7 +13,9 @@ from hnet.data.packing import IGNORED, eval_batches
 from hnet.device import World
 from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
+from hnet.model.router_metrics import router_sums
 from hnet.model.score import Score
+from hnet_kernels import Routing
 
 from .distributed import add_up
 
@@ -29,6 +31,7 @@ def evaluate_hnet(
     max_bytes: int | None = None,
     stride: int | None = None,
     world: World | None = None,
+    see: Callable[[list[Routing]], None] | None = None,
 ) -> Score:
     """Every symbol of the first `max_bytes` bytes of `corpus` (None: all) predicted once.
 
@@ -39,6 +42,7 @@ def evaluate_hnet(
             there are so many. In [1, seq_len].
         batch_bytes: positions that go through the model at once, in each process.
         world: over these processes; all of them call this, and all get the sum.
+        see: is given the routing of every pack of this process, in order.
 
     Raises:
         ValueError: a size or the stride out of range.
@@ -48,7 +52,8 @@ def evaluate_hnet(
     if stride is not None and not 1 <= stride <= seq_len:
         raise UserError(f"stride must be 1 to seq_len ({seq_len}), got {stride}")
     world, device, before = world or World(0, 1, 0), model.embeddings.weight.device, model.training
-    sums = torch.zeros(3 + model.config.num_stages, dtype=torch.float64, device=device)
+    routed = model.config.num_stages - 1
+    sums = torch.zeros(4 + 4 * routed, dtype=torch.float64, device=device)
     model.eval()
     for batch in eval_batches(corpus, seq_len, batch_bytes, max_bytes, world.rank, world.size, stride):
         here = batch.to(device)
@@ -59,8 +64,12 @@ def evaluate_hnet(
         nats = F.cross_entropy(out.logits.float(), here.targets, ignore_index=IGNORED, reduction="none").double().sum()
         chunks = [r.num_chunks.double() for r in out.routing]
         sizes = (batch.num_targets, batch.num_bytes, batch.input_ids.shape[0])
-        sums += torch.stack([nats, *(torch.full_like(nats, n) for n in sizes), *chunks])
+        routers = [x.double() for r in out.routing for x in router_sums(r)]
+        sums += torch.stack([nats, *(torch.full_like(nats, n) for n in sizes), *chunks, *routers])
+        if see is not None:
+            see(out.routing)
     model.train(before)
-    nats, *counts = add_up(sums, world).tolist()
-    targets, num_bytes, *positions = map(round, counts)
-    return Score(nats, targets, num_bytes, tuple(positions))
+    nats, *found = add_up(sums, world).tolist()
+    targets, num_bytes, *positions = map(round, found[: 3 + routed])
+    on, off, near = (tuple(found[3 + routed + i :: 3]) for i in range(3))
+    return Score(nats, targets, num_bytes, tuple(positions), tuple(zip(on, off, near, strict=True)))

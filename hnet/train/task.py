@@ -42,6 +42,7 @@ from hnet.model.cost import stage_costs
 from hnet.model.hnet import candidates
 from hnet.model.pack import Pack
 from hnet.model.parameters import stage_parameters
+from hnet.model.router_metrics import decisiveness, router_sums
 from hnet.segment import boundaries, render_plain, render_rich
 
 from .compile import compile_blocks, compile_wanted
@@ -50,6 +51,7 @@ from .config import TrainConfig
 from .decisive import Decisive
 from .distributed import shard
 from .evaluation import evaluate_hnet
+from .flips import Flips
 from .losses import losses
 from .shards import spread_state_like
 from .start import check_reach, pack_size, settle_steps
@@ -90,6 +92,7 @@ class HNetTask:
         self.compression = Compression(config, self.model)
         self.decisive = Decisive(config, len(self.compression.stages), device)
         self.costs = stage_costs(self.model)
+        self.flips = Flips(world)
 
     def prepare(self, step: int) -> None:
         self.compression.prepare(step)
@@ -114,7 +117,7 @@ class HNetTask:
         lengths = [batch.cu_seqlens.diff(), *(r.cu_chunks.diff() for r in out.routing)]
         flops = torch.stack([cost.of(x) for cost, x in zip(self.costs, lengths, strict=True)]).sum()
         means = {"ce": result.ce, "ratio_loss": result.ratio_loss, "flops": flops / n}
-        for i, s in enumerate(result.stages):
+        for i, (s, r) in enumerate(zip(result.stages, out.routing, strict=True)):
             if (bias := self.compression.stages[i].logit_bias) is not None:
                 means[f"stage{i}/logit_bias"] = bias
             means |= {
@@ -123,6 +126,7 @@ class HNetTask:
                 f"stage{i}/sequences": s.sequences / n,
                 f"stage{i}/dropped": s.dropped / n,
             }  # fmt: skip
+            means |= {f"stage{i}/{k}": x / n for k, x in router_sums(r)._asdict().items()}
         return result.loss, means
 
     def _candidates(self, batch: Batch) -> Tensor | None:
@@ -132,6 +136,7 @@ class HNetTask:
         return candidates(where, batch.input_ids, Pack(batch.cu_seqlens, len(batch.input_ids)))
 
     def after_step(self, step: int, means: dict[str, Tensor]) -> None:
+        self.flips.due = True
         if self.compression.stages:
             F = torch.stack([means[f"stage{i}/F"] for i in range(len(self.compression.stages))])
             self.compression.after_step(step, F)
@@ -141,9 +146,15 @@ class HNetTask:
 
     def row(self, step: int, means: dict[str, float]) -> dict[str, Any]:
         c, row = self.config, {"ratio_loss": means["ratio_loss"], "flops_per_position": means["flops"]}
+        positions = 1.0  # of a stage, for each byte
         for i in range(len(self.compression.stages)):
             s = f"stage{i}"
             chunks = max(means[f"{s}/chunks"], 1e-9)
+            sums = [means[f"{s}/{k}"] for k in ("on", "off", "near")]
+            counts = [c.batch_bytes * x for x in (positions, chunks, *sums)]
+            row |= {f"{s}/{k}": v for k, v in decisiveness(*counts).items()}
+            row[f"{s}/G_minus_F"] = means[f"{s}/G"] - means[f"{s}/F"]
+            positions = chunks
             row |= {
                 f"{s}/F": means[f"{s}/F"], f"{s}/G": means[f"{s}/G"], f"{s}/bytes_per_chunk": 1 / chunks,
                 f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
@@ -168,14 +179,19 @@ class HNetTask:
         return []
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out cross entropy (nats a symbol), bits per byte of text, and bytes per chunk of every stage."""
-        c = self.config
+        """Held-out cross entropy (nats a symbol), bits per byte of text, and of every stage bytes per chunk and how
+        decided its router is; flips in the first evaluation after a step (an average's, if there is one, is later)."""
+        c, flips = self.config, self.flips if self.flips.due else None
         score = evaluate_hnet(
             self.model, self.val, self.autocast, seq_len=c.seq_len, batch_bytes=self.pack_bytes,
-            max_bytes=c.eval_bytes, world=self.world,
+            max_bytes=c.eval_bytes, world=self.world, see=None if flips is None else flips.see,
         )  # fmt: skip
         result = {"val_ce": score.ce, "val_bpb": score.bpb}
-        return result | {f"stage{i}/val_bytes_per_chunk": n for i, n in enumerate(score.bytes_per_chunk)}
+        result |= {f"stage{i}/val_bytes_per_chunk": n for i, n in enumerate(score.bytes_per_chunk)}
+        for i, found in enumerate(score.decisiveness):
+            result |= {f"stage{i}/val_{k}": v for k, v in found.items()}
+        changed = flips.compare() if flips is not None else None
+        return result | {f"stage{i}/flips": x for i, x in enumerate(changed or [])}
 
     def sample(self) -> tuple[str, Text]:
         """A continuation and the chunks of a held-out snippet; and the outermost of these in colour."""
@@ -202,7 +218,8 @@ class HNetTask:
         load_state(self.model, spread_state_like(state, self.model.state_dict()), str(where))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.compression.state_dict()
+        return {**self.compression.state_dict(), "flips": self.flips.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.compression.load_state_dict(state)
+        self.flips.load_state_dict(state.get("flips", {}))  # not in 0.1.0
