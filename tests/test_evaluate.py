@@ -15,6 +15,7 @@ from hnet.chunk_lm.task import ChunkLMTask
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.evaluate import evaluate
 from hnet.data.corpus import Corpus
+from hnet.data.packing import eval_batches
 from hnet.train.config import TrainConfig
 from hnet.train.evaluation import evaluate_hnet
 from hnet.train.loop import Trainer
@@ -97,6 +98,40 @@ def test_chunk_lm_equals_training(chunk_lm_run):
     assert alone["nats_per_byte"] == found["nats_per_byte"]
 
 
+def test_how_decided_routers_are(hnet_run):
+    """As training's evaluation says, and G - F is what p on boundaries and elsewhere make of it."""
+    out, trained = hnet_run
+    found = json.loads(run(out, HELD_OUT, "--batch-bytes", 512, "--json"))
+    assert "flips" not in found
+    for i in range(2):
+        for k in ("p_on", "p_off", "undecided", "G_minus_F"):
+            assert found[k][i] == trained[f"stage{i}/val_{k}"]
+        F = found["boundary_share"][i]
+        G = F * found["p_on"][i] + (1 - F) * found["p_off"][i]
+        assert found["G_minus_F"][i] == pytest.approx(G - F, rel=1e-9)
+        assert 0 < found["p_off"][i] < 0.5 < found["p_on"][i] <= 1
+    text = run(out, HELD_OUT, "--batch-bytes", 512)
+    gap, near = trained["stage1/val_G_minus_F"], trained["stage1/val_undecided"]
+    assert f"within 0.1 of 1/2 at {near:.1%} of positions; G - F {gap:.3f}\n" in text
+
+
+def test_flips_between_two_models(hnet_run, tmp_path):
+    """All boundaries of the one against its own, and against those of a model whose router is turned around."""
+    out, _ = hnet_run
+    same = json.loads(run(out, HELD_OUT, "--since", out, "--json"))
+    assert (same["flips"], same["since"]) == ([0.0, 0.0], str(out))
+    model = HNetForCausalLM.from_pretrained(sorted((out / "checkpoints").glob("step_*"))[-1])
+    with torch.no_grad():
+        next(model.stages()).routing_module.q_proj_layer.weight.neg_()
+    model.save_pretrained(tmp_path)
+    turned = json.loads(run(out, HELD_OUT, "--since", tmp_path, "--dtype", "fp32", "--bytes", 300, "--json"))
+    # p becomes 1 - p, so every position is in one of the sets, and the first of a sequence in both
+    (batch,) = eval_batches(Corpus.of([HELD_OUT.read_bytes()]), 128, 16384, 300)
+    positions, sequences = len(batch.input_ids), len(batch.cu_seqlens) - 1
+    assert turned["flips"][0] == (positions - sequences) / positions
+    assert f"of its boundaries are others than in {tmp_path}" in run(out, HELD_OUT, "--since", tmp_path)
+
+
 def test_limit(hnet_run):
     out, _ = hnet_run
     found = json.loads(run(out, HELD_OUT, "--bytes", 300, "--json"))
@@ -133,6 +168,7 @@ def test_report(hnet_run):
         ([HELD_OUT, "--stride", "0"], r"stride must be 1 to seq_len \(128\), got 0"),
         ([HELD_OUT, "--stride", "129"], r"stride must be 1 to seq_len \(128\), got 129"),
         (["hf:text?data_files=x"], "needs --bytes"),
+        ([HELD_OUT, "--since", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes(hnet_run, args, message):
@@ -217,3 +253,7 @@ def test_sliding_context_from_the_command(hnet_run, chunk_lm_run):
     else:
         with pytest.raises(ValueError, match="stride must be left out for a chunk head"):
             run(out, HELD_OUT, "--stride", 16)
+    with pytest.raises(ValueError, match="since must be left out for a ChunkLM"):
+        run(out, HELD_OUT, "--since", out)
+    with pytest.raises(ValueError, match="is a ChunkLM"):
+        run(hnet_run[0], HELD_OUT, "--since", out)

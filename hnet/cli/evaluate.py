@@ -23,8 +23,9 @@ from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.score import Score
 from hnet.train.checkpoint import RUN
 from hnet.train.evaluation import evaluate_hnet
+from hnet.train.flips import Flips
 
-from .models import checkpoint_of, load, load_average
+from .models import checkpoint_of, load, load_average, load_hnet
 
 SEQ_LEN = 8192  # of the published models, where no run says otherwise
 
@@ -44,14 +45,19 @@ SEQ_LEN = 8192  # of the published models, where no run says otherwise
 )  # fmt: skip
 @click.option("--batch-bytes", default=16384, show_default=True, help="Bytes that go through the model at once.")
 @click.option("--ema", is_flag=True, help="Evaluate the average of the weights that weight_ema keeps.")
+@click.option(
+    "--since", type=click.Path(), metavar="MODEL",
+    help="Also say how many boundaries are others than this model's, perhaps an earlier checkpoint's. (H-Nets)",
+)  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     model: str, files: tuple[str, ...], limit: int | None, pattern: str, documents: str | None, text_key: str | None,
-    seq_len: int | None, stride: int | None, batch_bytes: int, ema: bool, device: str, dtype: str, as_json: bool,
+    seq_len: int | None, stride: int | None, batch_bytes: int, ema: bool, since: str | None, device: str, dtype: str,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Bits per byte and chunk statistics of MODEL on files, folders, or one hf: stream (with --bytes).
+    """Bits per byte, chunks and how decided routers are, for MODEL on files, folders, or one hf: stream (with --bytes).
 
     MODEL is a run directory (its latest checkpoint), a checkpoint (also RUN/checkpoints/best), or a weights file,
     of an H-Net or a ChunkLM; for an H-Net also a repository.
@@ -59,6 +65,8 @@ def evaluate(
     Bits per byte are the nats of everything predicted / ln 2 / bytes of text, as papers have them: an H-Net predicts
     the end of a document too, which costs bits and is no byte. Perplexity is 2 to the bits per byte. Nats a symbol is
     the mean over predictions, training's ce.
+
+    p is the probability of a boundary: a decided router has it near 1 on boundaries and near 0 elsewhere.
     """
     where = pick_device(device)
     path = checkpoint_of(model)
@@ -74,6 +82,8 @@ def evaluate(
         return nullcontext() if low is None else torch.autocast(where.type, dtype=low)
 
     if isinstance(lm, ChunkLM):
+        if since is not None:
+            raise UserError("since must be left out for a ChunkLM: it has no boundaries")
         seq_len = lm.config.seq_len if seq_len is None else seq_len
         size = max(batch_bytes // max(seq_len, 1), 1)
         score = evaluate_chunk_lm(
@@ -81,11 +91,17 @@ def evaluate(
         )
     else:
         seq_len = trained.get("seq_len", SEQ_LEN) if seq_len is None else seq_len
-        score = evaluate_hnet(
-            lm, corpus, autocast, seq_len=seq_len, batch_bytes=batch_bytes, max_bytes=limit, stride=stride
-        )
+        how: dict[str, Any] = {"seq_len": seq_len, "batch_bytes": batch_bytes, "max_bytes": limit, "stride": stride}
+        if since is not None:
+            flips = Flips()
+            evaluate_hnet(load_earlier(since, lm, where), corpus, autocast, **how, see=flips.see)
+            flips.compare()
+            how["see"] = flips.see
+        score = evaluate_hnet(lm, corpus, autocast, **how)
     about = {"model": path, "ema": ema, "documents": len(corpus), "seq_len": seq_len, "stride": stride}
     result = about | rates(lm, score)
+    if since is not None:
+        result |= {"since": since, "flips": flips.compare() or []}
     click.echo(json.dumps(result) if as_json else report(result))
 
 
@@ -96,6 +112,19 @@ def trained_with(path: str) -> dict[str, Any]:
     """The configuration of the run that wrote a checkpoint, empty for other models."""
     file = (Path(path) if Path(path).is_dir() else Path(path).parent) / RUN
     return read_json(file).get("config", {}) if file.is_file() else {}
+
+
+def load_earlier(since: str, model: HNetForCausalLM, device: torch.device) -> HNetForCausalLM:
+    """The model to compare boundaries with.
+
+    Raises:
+        UserError: it is a ChunkLM, or has other stages.
+    """
+    earlier = load_hnet(since, device)
+    if earlier.config.num_stages != model.config.num_stages:
+        stages = f"{model.config.num_stages} stages, got {earlier.config.num_stages}"
+        raise UserError(f"since must be an H-Net of as many stages as the model, {stages}: {since}")
+    return earlier
 
 
 def read_text(files: tuple[str, ...], limit: int | None, pattern: str, documents: str, text_key: str) -> Corpus:
@@ -127,7 +156,11 @@ def rates(model: HNetForCausalLM | ChunkLM, score: Score) -> dict[str, Any]:
     if isinstance(model, ChunkLM):
         return {"kind": "ChunkLM", **found, "cutoff": model.cutoff, "bins": model.bins}
     shares = [inner / max(outer, 1) for outer, inner in zip(score.positions, score.positions[1:], strict=False)]
-    return {"kind": "H-Net", **found, "bytes_per_chunk": score.bytes_per_chunk, "boundary_share": shares}
+    found = {"kind": "H-Net", **found, "bytes_per_chunk": score.bytes_per_chunk, "boundary_share": shares}
+    for stage in score.decisiveness:
+        for name, x in stage.items():
+            found.setdefault(name, []).append(x if math.isfinite(x) else None)
+    return found
 
 
 def report(r: dict[str, Any]) -> str:
@@ -143,4 +176,9 @@ def report(r: dict[str, Any]) -> str:
     ]
     for i, (size, share) in enumerate(zip(r.get("bytes_per_chunk", []), r.get("boundary_share", []), strict=True)):
         lines.append(f"stage {i}        {size:.2f} bytes a chunk; {share:.1%} of its positions begin one")
+        on, off, gap = ("-" if (x := r[k][i]) is None else f"{x:.3f}" for k in ("p_on", "p_off", "G_minus_F"))
+        near = f"within 0.1 of 1/2 at {r['undecided'][i]:.1%} of positions"
+        lines.append(f"  router       p {on} on boundaries, {off} elsewhere, {near}; G - F {gap}")
+        if "flips" in r:
+            lines.append(f"  flips        {r['flips'][i]:.1%} of its boundaries are others than in {r['since']}")
     return "\n".join(lines)
