@@ -43,18 +43,22 @@ def test_all_plots_of_a_run(tmp_path):
             {"step": 0, "val_bpb": 8.0, "val_ce": 5.5},
             *rows(
                 ratio_loss=1.0, grad_norm=0.5, lr=1e-3,
-                **{"stage0/F": 0.2, "stage0/G": 0.3, "stage0/bytes_per_chunk": 5.0, "stage0/target": 4.0,
+                **{"stage0/F": 0.2, "stage0/G": 0.3, "stage0/p_on": 0.6, "stage0/p_off": 0.4, "stage1/p_on": 0.9,
+                   "stage0/undecided": 0.3, "stage0/G_minus_F": 0.1,
+                   "stage0/bytes_per_chunk": 5.0, "stage0/target": 4.0,
                    "stage1/F": 0.3, "stage1/bytes_per_chunk": 15.0, "stage1/target": 3.0,
                    "stage0/ratio_loss": 1.0, "stage0/grad_norm": 0.4, "stage1/grad_norm": 0.1,
                    "stage0/lr": 2e-3, "stage1/lr": 1e-3, "cutoff": 128},
             ),
             {"step": 30, "event": "loss_spike", "message": "x"},
             {"step": 40, "event": "rollback"},
-            {"step": 60, "loss": 2.0, "val_bpb": 2.5, "cutoff": 256, "unknown": "key"},
+            {"step": 60, "loss": 2.0, "val_bpb": 2.5, "cutoff": 256, "unknown": "key",
+             "stage0/flips": 0.1},
         ],
     )  # fmt: skip
     written = plot_run(run)
-    names = ["loss.png", "learning_rate.png", "gradient_norm.png", "compression.png", "cutoff.png"]
+    names = ["loss.png", "learning_rate.png", "gradient_norm.png", "compression.png", "decisiveness.png"]
+    names.append("cutoff.png")
     assert written == [run / "plots" / n for n in names]
     for path in written:
         height, width, lines = pixels(path)
@@ -68,6 +72,19 @@ def test_only_plots_whose_data_exist(tmp_path):
     assert [p.name for p in plot_run(run, tmp_path / "out")] == ["loss.png"]
     run = write(tmp_path / "run", [{"step": 1, "lr": 1e-3}, {"step": 2, "lr": 1e-3}])
     assert [p.name for p in plot_run(run, tmp_path / "out2")] == ["learning_rate.png"]
+
+
+def test_decisiveness_is_drawn_from_what_there_is(tmp_path):
+    """A log without the probabilities, and one with nothing else; what is drawn depends on the numbers."""
+    run = write(tmp_path / "flips", [{"step": s, "stage0/flips": 0.1} for s in (5, 10)])
+    assert [p.name for p in plot_run(run)] == ["decisiveness.png"]
+    heights = []
+    for i, p_off in enumerate((0.4, 0.05)):
+        run = write(tmp_path / str(i), [{"step": s, "stage0/p_on": 0.6, "stage0/p_off": p_off} for s in range(1, 9)])
+        (path,) = plot_run(run)
+        heights.append(pixels(path))
+    assert heights[0][0] == heights[1][0]
+    assert not np.array_equal(heights[0][2], heights[1][2])
 
 
 def test_nulls_zeros_and_single_points_are_fine(tmp_path):

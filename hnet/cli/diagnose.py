@@ -57,7 +57,7 @@ def diagnose(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to; default: RUN/plots.")
 def plot(run: Path, out: Path | None) -> None:
-    """Draw a run's loss, learning rate, gradient norms and compression as PNG files."""
+    """Draw a run's loss, learning rate, gradient norms, compression and how decided its routers are, as PNG files."""
     from hnet.plots.run import plot_run
 
     for path in plot_run(run, out):

@@ -1,4 +1,5 @@
-"""Plots of a run as PNG files: loss, learning rate, gradient norm, compression, and the cutoff of a ChunkLM."""
+"""Plots of a run as PNG files: loss, learning rate, gradient norm, compression, how decided routers are, and the cutoff
+of a ChunkLM."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ STYLE: dict[Any, Any] = {
 def plot_run(run_dir: str | Path, out_dir: str | Path | None = None) -> list[Path]:
     """Draw what `run_dir`/metrics.jsonl holds into `out_dir` (default: `run_dir`/plots).
 
-    Returns the files written: of loss.png, learning_rate.png, gradient_norm.png, compression.png and cutoff.png
-    those whose data exist.
+    Returns the files written: of loss.png, learning_rate.png, gradient_norm.png, compression.png, decisiveness.png and
+    cutoff.png those whose data exist.
 
     Raises:
         FileNotFoundError: run_dir holds no metrics.jsonl.
@@ -154,6 +155,13 @@ def _figures(table: Table) -> list[tuple[str, list[Callable[[Axes], None]]]]:
                 (bool(_stages(table, "F") or _stages(table, "G")), _draw_rates),
             ),
         ),
+        (
+            "decisiveness.png",
+            panels(
+                (bool(_stages(table, "p_on") or _stages(table, "p_off")), _draw_probabilities),
+                *((bool(_stages(table, name)), draw) for name, draw in SHARES.items()),
+            ),
+        ),
         ("cutoff.png", panels((_has(table, "cutoff"), _draw_cutoff), (_has(table, "cutoff"), _draw_bins))),
     ]
 
@@ -242,6 +250,28 @@ def _draw_rates(table: Table, ax: Axes) -> None:
         _line(ax, table, f"stage{i}/G", f"G, stage {i}", _color(i), "--", raw=False)
     ax.set_ylim(0, None)
     ax.set_ylabel("F: boundaries\nG: mean probability")
+
+
+def _draw_probabilities(table: Table, ax: Axes) -> None:
+    """The closer the two lines of a stage, the less decided its router."""
+    ax.axhspan(0.4, 0.6, color="#888888", alpha=0.15, linewidth=0, label="undecided")
+    for i in sorted({*_stages(table, "p_on"), *_stages(table, "p_off")}):
+        _line(ax, table, f"stage{i}/p_on", f"on boundaries, stage {i}", _color(i), "-")
+        _line(ax, table, f"stage{i}/p_off", f"elsewhere, stage {i}", _color(i), "--")
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("mean boundary\nprobability")
+
+
+def _draw_share(table: Table, ax: Axes, name: str, unit: str) -> None:
+    _draw_stages(table, ax, name, name)
+    ax.set_ylabel(unit)
+
+
+SHARES: dict[str, Callable[[Table, Axes], None]] = {
+    "undecided": partial(_draw_share, name="undecided", unit="share of positions\nwith |p - 1/2| < 0.1"),
+    "G_minus_F": partial(_draw_share, name="G_minus_F", unit="G - F"),
+    "flips": partial(_draw_share, name="flips", unit="flips: boundaries moved\nsince last evaluation"),
+}
 
 
 def _draw_cutoff(table: Table, ax: Axes) -> None:
