@@ -42,7 +42,7 @@ class Muon(torch.optim.Muon):
         for p in parameters:
             state = self.state[p]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad)
+                state["momentum_buffer"] = torch.zeros_like(p)
             grad = local_rows(p.grad)
             averages.append(local_rows(state["momentum_buffer"]).lerp(grad, 1 - keep))
             update = grad.lerp(averages[-1], keep) if group["nesterov"] else averages[-1]
