@@ -29,6 +29,8 @@ def config(out: str, steps: int) -> TrainConfig:
         compression=[4.0],
         ratio_weight="auto",
         rate_control="bias",
+        surprisal_weight=[0.1],
+        entropy_weight=[0.1],
         seq_len=512,
         batch_bytes=8192,
         steps=steps,
