@@ -31,6 +31,7 @@ _NAMES = {
     "data_wait": "data_wait data_wait_seconds data_time data_seconds data_loading_time",
 }
 _CANONICAL = {name: ours for ours, names in _NAMES.items() for name in names.split()}
+_STAGE = "F|G|target|bytes_per_chunk|ratio_loss|grad_norm|lr|p_on|p_off|undecided|G_minus_F|flips"
 _HELD_OUT = re.compile(r"^(eval|valid|validation|dev|test|held[-_]out)(?=[_/])")
 
 
@@ -43,7 +44,7 @@ def canonical(name: str) -> str | None:
     name = name.strip()
     if name in ("F", "G"):
         return f"stage0/{name}"
-    if m := re.fullmatch(r"stage[ _]?(\d+)[/ _.](F|G|target|bytes_per_chunk|ratio_loss|grad_norm|lr)", name):
+    if m := re.fullmatch(rf"stage[ _]?(\d+)[/ _.]({_STAGE})", name):
         return f"stage{m[1]}/{m[2]}"
     low = re.sub(r"\s+", "_", name.lower())
     for candidate in (low, _HELD_OUT.sub("val", low)):

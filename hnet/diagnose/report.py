@@ -12,13 +12,14 @@ from rich.text import Text
 from hnet.errors import user_path
 from hnet.plots.run import plot_rows
 
-from . import architecture, configuration, data, schedule, training
+from . import architecture, configuration, data, router, schedule, training
 from .findings import Finding, by_severity
 from .runs import Log
 
 RULES = (
     *training.RULES,
     *architecture.RULES,
+    *router.RULES,
     *schedule.RULES,
     *data.RULES,
 )
