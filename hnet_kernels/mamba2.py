@@ -96,7 +96,7 @@ def mamba2(
         with torch.autocast(zxbcdt.device.type, enabled=False):
             w, b, dt_b, a, skip, norm = weights
             return reference.mamba2(zxbcdt, w, b, dt_b, a, skip, norm, cu_seqlens, eps)
-    return torch.ops.hnet_kernels.mamba2(zxbcdt, *weights, cu_seqlens, eps, chosen)[0]
+    return _mamba2(zxbcdt, *weights, cu_seqlens, eps, chosen)[0]
 
 
 def _check_parameter(name: str, p: Tensor, dim: int, zxbcdt: Tensor) -> None:
@@ -130,7 +130,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 10
-    grads = torch.ops.hnet_kernels.mamba2_bwd(dout, *ctx.saved_tensors, ctx.eps, ctx.chosen)
+    grads = _mamba2_bwd(dout, *ctx.saved_tensors, ctx.eps, ctx.chosen)
     return *grads, None, None, None
 
 
@@ -146,7 +146,7 @@ def _fake(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, skip, norm_weight, *_)
     )  # fmt: skip
 
 
-define(
+_mamba2 = define(
     "mamba2(Tensor zxbcdt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, Tensor skip, "
     "Tensor norm_weight, Tensor cu_seqlens, float eps, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -155,7 +155,7 @@ define(
     _setup_context,
     _backward,
 )
-define(
+_mamba2_bwd = define(
     "mamba2_bwd(Tensor dout, Tensor zxbcdt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, "
     "Tensor skip, Tensor norm_weight, Tensor xbc, Tensor y, Tensor dt, Tensor log_decay, Tensor first, float eps, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

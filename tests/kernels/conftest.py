@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 
 import hnet_kernels.native
-from hnet_kernels import dispatch
+from hnet_kernels import dispatch, eager
 from hnet_kernels.cuda import common, routing
 
 HERE = Path(__file__).parent
@@ -59,6 +59,31 @@ def on(request):
 def native(request):
     """As `on`, without the reference: what is registered with PyTorch as an op."""
     return request.param
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `eager.plain` has answered."""
+    answers, plain = [], eager.plain
+
+    def ask(args):
+        answers.append(plain(args))
+        return answers[-1]
+
+    monkeypatch.setattr(eager, "plain", ask)
+    return answers
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Calls something with all ops through the dispatcher."""
+
+    def run(f, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "plain", lambda args: False)
+            return f(*args)
+
+    return run
 
 
 # --- the CUDA kernels on the CPU, by cuda_emulator.h -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 do more than call them, through it."""
 
 import warnings
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -10,35 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hnet_kernels as hk
-from hnet_kernels import eager
 
 from .cases import PACKS, cu_of, leaf, qk_with_rate, rand, routing_with
 from .test_pool import on_device
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """What `eager.plain` has answered."""
-    answers, plain = [], eager.plain
-
-    def ask(args):
-        answers.append(plain(args))
-        return answers[-1]
-
-    monkeypatch.setattr(eager, "plain", ask)
-    return answers
-
-
-@pytest.fixture
-def dispatched(monkeypatch):
-    """Calls something with all ops through the dispatcher."""
-
-    def run(f, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(eager, "plain", lambda args: False)
-            return f(*args)
-
-    return run
 
 
 def leaves(device):
@@ -74,6 +49,14 @@ def test_the_same_bits_either_way(native, asked, dispatched, budget):
         assert torch.equal(a, b)
         assert (a.dtype, a.stride(), a.requires_grad) == (b.dtype, b.stride(), b.requires_grad)
     assert all(torch.equal(a, b) for a, b in zip(grads, dwant, strict=True))
+
+
+def test_no_op_goes_through_the_dispatcher_by_itself():
+    """Only `library.define`, which asks first, knows torch.ops."""
+    package = Path(hk.__file__).parent
+    assert [str(p.relative_to(package)) for p in package.rglob("*.py") if "torch.ops.hnet" in p.read_text()] == [
+        "library.py"
+    ]
 
 
 def test_no_gradient_and_inference_mode(native, asked):

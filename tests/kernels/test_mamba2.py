@@ -11,6 +11,7 @@ from hnet_kernels.dispatch import triton_error
 
 from . import oracle
 from .cases import INTERPRETED, allowed, assert_close, cu_of, leaf, rand, rel
+from .test_eager import Names
 
 if INTERPRETED:  # by test_triton_interpreted.py
     NATIVE = [pytest.param(("triton", "cpu"), id="triton")]
@@ -206,6 +207,38 @@ def test_opcheck(native):
     backend, device = native
     args = [leaf(a.to(device)) for a in arguments(90, SHAPES["3x16x16"])]
     torch.library.opcheck(torch.ops.hnet_kernels.mamba2, (*args, cu_of([50, 40], device), 1e-5, backend))
+
+
+def test_an_eager_call_gives_the_bits_of_the_dispatchers(native, asked, dispatched):
+    backend, device = native
+    args, dout = [a.to(device) for a in arguments(90, SHAPES["3x16x16"])], rand(90, 48, seed=9)
+
+    def call():
+        return run(hk.mamba2, args, dout, cu_seqlens=cu_of([50, 40], device), backend=backend)
+
+    got = call()
+    assert asked == [True, True]  # forward and backward
+    for a, b in zip(got, dispatched(call), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+
+
+def test_no_gradient_and_inference_mode(native, asked):
+    backend, device = native
+    args, cu = [leaf(a.to(device)) for a in arguments(20, SHAPES["3x16x16"])], cu_of([20], device)
+    with torch.no_grad():
+        assert not hk.mamba2(*args, cu, backend=backend).requires_grad
+    with torch.inference_mode():
+        assert hk.mamba2(*args, cu, backend=backend).is_inference()
+    assert asked == [True, True]
+
+
+def test_a_dispatch_mode_sees_the_op(native):
+    backend, device = native
+    args = [a.to(device) for a in arguments(20, SHAPES["3x16x16"])]
+    with Names() as mode:
+        run(hk.mamba2, args, rand(20, 48, seed=9), cu_seqlens=cu_of([20], device), backend=backend)
+    assert mode.seen == ["mamba2", "mamba2_bwd"]
 
 
 def test_compile_fullgraph(on):
