@@ -6,6 +6,7 @@ A replay costs the host next to nothing; launching the kernels of small work one
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,7 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from .harness import Pass
 
 
-def captured(work: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGraph:
+class Captured(torch.cuda.CUDAGraph):
+    kept: Any  # the outputs, in the graph's memory
+
+
+def captured(work: Callable[[], object], warmup: int = 3) -> Captured:
     """A graph of `work`, which must not look at the device. Its outputs live as long as the graph does."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -21,10 +26,9 @@ def captured(work: Callable[[], object], warmup: int = 3) -> torch.cuda.CUDAGrap
         for _ in range(warmup):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph = Captured()
     with torch.cuda.graph(graph):
-        kept = work()
-    graph.kept = kept  # type: ignore[attr-defined]
+        graph.kept = work()
     return graph
 
 

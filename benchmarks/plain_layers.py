@@ -1,5 +1,6 @@
 """The layers of an H-Net in the fastest plain PyTorch we know, on a CPU: what add_rms_norm, gated_conv, swiglu and
-attention are measured against, alone and in a whole training step."""
+attention are measured against, alone and in a whole training step. They take the arguments of the ops, whose place
+they take there; `backend` changes nothing."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,18 +11,20 @@ from hnet.model.conv import _CausalConv
 from hnet.model.pack import Pack
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     s = x.float() if residual is None else residual + x
     return F.rms_norm(s, (x.shape[1],), weight, eps).to(x.dtype), s
 
 
-def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
+def gated_conv(x: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, *, backend: str | None = None) -> Tensor:
     """K shifted multiply-adds: a third of the time of conv1d"""
     u, gate = x.chunk(2, dim=1)
     return _CausalConv.apply(u, weight, bias, Pack(cu_seqlens, x.shape[0]).position) * F.silu(gate)
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     y, gate = x.chunk(2, dim=1)
     return F.silu(gate) * y
 
@@ -34,5 +37,5 @@ def attention(qkv: Tensor, pack: Pack, window: int, rotary_dim: int) -> Tensor:
 
 def use() -> None:
     """In every model of this process"""
-    hk.add_rms_norm, hk.gated_conv, hk.swiglu = add_rms_norm, gated_conv, swiglu  # type: ignore[assignment]
+    hk.add_rms_norm, hk.gated_conv, hk.swiglu = add_rms_norm, gated_conv, swiglu
     attention_module.fused = attention

@@ -154,7 +154,7 @@ def _choose(name: str, op: str, device_type: str, dtype: torch.dtype, of_many: b
 
 
 # What torch.compiler.assume_constant_result does, without its import of Dynamo (0.8 s, and triton where installed)
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+vars(_choose)["_dynamo_marked_constant"] = True
 
 
 def resolve(name: str | None, op: str, x: Tensor) -> str:

@@ -42,11 +42,12 @@ def compile_blocks(model: nn.Module) -> None:
         if not hasattr(function, "_torchdynamo_orig_callable"):
             setattr(module, name, torch.compiler.disable(function))
     foreign = importlib.util.find_spec("mamba_ssm") is not None
-    for block in [m for m in model.modules() if isinstance(m, Block)]:
+    blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, Block)]
+    for block in blocks:
         if foreign and isinstance(block.mixer, mamba2.Mamba2):
             continue
         rotary_dim = getattr(block.mixer, "rotary_dim", 0)
-        block.forward = _forward(block.forward, rotary_dim)  # type: ignore[method-assign]
+        block.forward = _forward(block.forward, rotary_dim)
 
 
 def _forward(eager: Callable, rotary_dim: int) -> Callable:

@@ -220,6 +220,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], world: World) -> None
 def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
     """Optimiser state as `write_shards` left it, for any number of processes, sharded or not."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     named = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
@@ -227,7 +228,8 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Optimizers) -> None:
         if key.startswith("ema/"):  # written here too by earlier versions
             continue
         p = named[key.partition("/")[2]]
-        size = meta.size  # type: ignore[union-attr]
+        assert isinstance(meta, TensorStorageMetadata)
+        size = meta.size
         tensors[key] = torch.zeros_like(p.detach()) if size == p.shape else torch.zeros(size, device=p.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

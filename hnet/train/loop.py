@@ -100,7 +100,7 @@ class Trainer:
             hk.keep_memory()
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # of its class
         torch.manual_seed(config.seed)
         task: Any = make_task or HNetTask
         self.task = task(config, self.device, self.autocast, self.world)

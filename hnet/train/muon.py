@@ -25,7 +25,7 @@ class Muon(torch.optim.Muon):
     found_inf: Tensor
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may be given one
         skip = self.found_inf.bool() if hasattr(self, "found_inf") else None
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = {}

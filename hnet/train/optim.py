@@ -32,6 +32,12 @@ def muon_parameters(model: nn.Module) -> set[int]:
     return {id(p) for p in matrices} - stacked
 
 
+class AdamW(torch.optim.AdamW):
+    """found_inf: as of `Muon`; the fused step reads it."""
+
+    found_inf: Tensor
+
+
 class Optimizers:
     """One or two torch optimisers stepped together; every group knows its stage and its peak learning rate.
 
@@ -52,9 +58,7 @@ class Optimizers:
             group = {"params": params, "lr": lr, "peak": lr, "stage": stage, "router": router}
             group["weight_decay"] = config.weight_decay if decay else 0.0
             (muon if is_muon else adam).append(group)
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
-        ]
+        self.parts: list[AdamW | Muon] = [AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)]
         if muon:  # scaled so that its updates have AdamW's size: one learning rate serves both
             self.parts.append(Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
         self.factor = 1.0
@@ -101,9 +105,9 @@ class Optimizers:
         """`step` where nobody may look at `finite`: both optimisers can skip by themselves."""
         skip = (~finite).float()
         for part in self.parts:
-            part.found_inf = skip  # type: ignore[attr-defined]
+            part.found_inf = skip
             part.step()
-            del part.found_inf  # type: ignore[attr-defined]
+            del part.found_inf
 
     def zero_grad(self) -> None:
         for part in self.parts:
