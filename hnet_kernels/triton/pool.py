@@ -77,6 +77,14 @@ def _inside(chunk_index, t0, pack_end, SPLIT: tl.constexpr):
     return whole & (m == tl.load(chunk_index + t0 + SPLIT - 1, mask=whole, other=-1)), m
 
 
+@triton.jit
+def _first_inside(chunk_start, chunk_index, b, pack_end, SPLIT: tl.constexpr):
+    """Whether block b is the first of those inside its chunk, which chunk that is and where it begins"""
+    inside, m = _inside(chunk_index, b * SPLIT, pack_end, SPLIT)
+    begin = tl.load(chunk_start + m, mask=inside, other=0)
+    return inside & (tl.cdiv(begin, SPLIT) == b), m, begin
+
+
 @jit
 def _pool_reduce_kernel(
     x, chunk_start, chunk_index, cu_chunks, cu_seqlens, z, parts, M, N, x_stride,
@@ -119,9 +127,8 @@ def _pool_join_kernel(
     pack_end = tl.load(cu_seqlens + N)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     on = c < D
-    inside, m = _inside(chunk_index, b * SPLIT, pack_end, SPLIT)
-    begin = tl.load(chunk_start + m, mask=inside, other=0)
-    if inside & (tl.cdiv(begin, SPLIT) == b):
+    joins, m, begin = _first_inside(chunk_start, chunk_index, b, pack_end, SPLIT)
+    if joins:
         end = chunk_end(chunk_start, m, num_chunks, pack_end)
         head_end, tail = outer_rows(begin, end, SPLIT)
         acc = _walked(_nothing(MODE, BLOCK_D), x, begin, head_end, c, on, x_stride, MODE)
@@ -161,12 +168,17 @@ def _pool_bwd_kernel(
 
 
 @triton.jit
+def _larger(v, best, arg):
+    """Where v is the new maximum: NaN wins, and a row of nothing but -inf has its first position as well"""
+    return (v > best) | ((v != v) & (best == best)) | (arg < 0)
+
+
+@triton.jit
 def _first_maximum(best, arg, x, begin, end, c, on, x_stride):
     """The maximum of best and of rows begin .. end - 1, and where it came from"""
     for t in range(begin.to(tl.int64), end.to(tl.int64)):
         v = tl.load(x + t * x_stride + c, mask=on, other=0.0).to(tl.float32)
-        # a row of nothing but -inf has its first position as well
-        better = (v > best) | ((v != v) & (best == best)) | (arg < 0)
+        better = _larger(v, best, arg)
         best = tl.where(better, v, best)
         arg = tl.where(better, t, arg)
     return best, arg
@@ -223,9 +235,8 @@ def _pool_max_join_kernel(
     pack_end = tl.load(cu_seqlens + N)
     c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     on = c < D
-    inside, m = _inside(chunk_index, b * SPLIT, pack_end, SPLIT)
-    begin = tl.load(chunk_start + m, mask=inside, other=0)
-    if inside & (tl.cdiv(begin, SPLIT) == b):
+    joins, m, begin = _first_inside(chunk_start, chunk_index, b, pack_end, SPLIT)
+    if joins:
         end = chunk_end(chunk_start, m, num_chunks, pack_end)
         head_end, tail = outer_rows(begin, end, SPLIT)
         best = tl.full((BLOCK_D,), float("-inf"), tl.float32)
@@ -234,7 +245,7 @@ def _pool_max_join_kernel(
         for i in range(b, end // SPLIT):
             row = (b * 0 + i).to(tl.int64) * D + c
             v = tl.load(parts + row, mask=on, other=0.0)
-            better = (v > best) | ((v != v) & (best == best)) | (arg < 0)
+            better = _larger(v, best, arg)
             best = tl.where(better, v, best)
             arg = tl.where(better, tl.load(places + row, mask=on, other=0).to(tl.int64), arg)
         best, arg = _first_maximum(best, arg, x, tail, end, c, on, x_stride)
