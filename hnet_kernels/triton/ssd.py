@@ -86,6 +86,14 @@ def _times(t, T, h, dt, log_decay):
 
 
 @triton.jit
+def _positions(c, T, h, dt, log_decay, first, CHUNK: tl.constexpr):
+    """Positions of chunk c; dt and log_decay of head h there; the sequences they are in, -1 past T"""
+    t = c * CHUNK + tl.arange(0, CHUNK)
+    step, log = _times(t, T, h, dt, log_decay)
+    return t, step, log, tl.load(first + t, mask=t < T, other=-1)
+
+
+@triton.jit
 def _entering(first, log, own, c, CHUNK: tl.constexpr):
     """By how much the state before chunk c is felt at each of its positions, and the sequence it comes from"""
     before = tl.load(first + c * CHUNK - 1, mask=c > 0, other=-2)
@@ -115,9 +123,7 @@ def _ssd_states_kernel(
     c = pid // H
     if REVERSE:
         c += 1
-    t = c * CHUNK + tl.arange(0, CHUNK)
-    step, log = _times(t, T, h, dt, log_decay)
-    own = tl.load(first + t, mask=t < T, other=-1)
+    t, step, log, own = _positions(c, T, h, dt, log_decay, first, CHUNK)
     if REVERSE:
         weight, _ = _entering(first, log, own, c, CHUNK)
     else:
@@ -177,9 +183,7 @@ def _ssd_fwd_kernel(
     c = pid // H
     i = tl.arange(0, CHUNK)
     p = tl.arange(0, P)
-    t = c * CHUNK + i
-    step, log = _times(t, T, h, dt, log_decay)
-    own = tl.load(first + t, mask=t < T, other=-1)
+    t, step, log, own = _positions(c, T, h, dt, log_decay, first, CHUNK)
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     out = tl.zeros((CHUNK, P), tl.float32)
     for s0 in range(0, S, BLOCK_S):
@@ -212,9 +216,7 @@ def _ssd_bwd_x_kernel(
     c = pid // H
     j = tl.arange(0, CHUNK)
     p = tl.arange(0, P)
-    t = c * CHUNK + j
-    step, log = _times(t, T, h, dt, log_decay)
-    own = tl.load(first + t, mask=t < T, other=-1)
+    t, step, log, own = _positions(c, T, h, dt, log_decay, first, CHUNK)
     entering, before = _entering(first, log, own, c, CHUNK)
     leaving, log_end, after = _leaving(first, log_decay, log, own, h, c, T, tiles, CHUNK)
     felt = ((own[:, None] == own[None, :]) & (j[:, None] <= j[None, :])).to(tl.float32)
