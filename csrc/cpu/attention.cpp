@@ -54,13 +54,14 @@ inline void product(int64_t M, int64_t N, int64_t n, const float* A, int64_t rs,
 
 // --- rows of one head, in fp32 ---------------------------------------------------------------------------------------
 
-template <class E>
-void load_row(const Attention& a, const E* src, int64_t t, bool rotate, float scale, float* dst) {
+// `scale` times a row; its first 2 * half entries turned by the angles of position t as well (turn 1), back (-1), or not (0)
+template <class From, class To>
+void turned(const Attention& a, const From* src, int64_t t, int turn, float scale, To* dst) {
   int64_t from = 0;
-  if (rotate && a.cos) {
+  if (turn && a.cos) {
     const float *cos = a.cos + t * a.half, *sin = a.sin + t * a.half;
     for_each_vector(a.half, [&](int64_t i, int64_t n) {
-      vf x = get(src + i, n), y = get(src + a.half + i, n), c = get(cos + i, n) * set1(scale), s = get(sin + i, n) * set1(scale);
+      vf x = get(src + i, n), y = get(src + a.half + i, n), c = get(cos + i, n) * set1(scale), s = get(sin + i, n) * set1(turn * scale);
       set(dst + i, x * c - y * s, n);
       set(dst + a.half + i, x * s + y * c, n);
     });
@@ -69,20 +70,15 @@ void load_row(const Attention& a, const E* src, int64_t t, bool rotate, float sc
   for_each_vector(a.width - from, [&](int64_t i, int64_t n) { set(dst + from + i, get(src + from + i, n) * set1(scale), n); });
 }
 
+template <class E>
+void load_row(const Attention& a, const E* src, int64_t t, bool rotate, float scale, float* dst) {
+  turned(a, src, t, rotate ? 1 : 0, scale, dst);
+}
+
 // The gradient of load_row
 template <class E>
 void store_gradient(const Attention& a, const float* src, int64_t t, bool rotate, float scale, E* dst) {
-  int64_t from = 0;
-  if (rotate && a.cos) {
-    const float *cos = a.cos + t * a.half, *sin = a.sin + t * a.half;
-    for_each_vector(a.half, [&](int64_t i, int64_t n) {
-      vf x = get(src + i, n), y = get(src + a.half + i, n), c = get(cos + i, n) * set1(scale), s = get(sin + i, n) * set1(scale);
-      set(dst + i, x * c + y * s, n);
-      set(dst + a.half + i, y * c - x * s, n);
-    });
-    from = 2 * a.half;
-  }
-  for_each_vector(a.width - from, [&](int64_t i, int64_t n) { set(dst + from + i, get(src + from + i, n) * set1(scale), n); });
+  turned(a, src, t, rotate ? -1 : 0, scale, dst);
 }
 
 void transpose(const float* rows, int64_t count, int64_t width, float* columns, int64_t ld) {
