@@ -8,7 +8,7 @@ import torch
 from hnet.train.loop import Trainer
 
 from ..train.conftest import tiny
-from ..train.test_distributed import STEP, found, job, run
+from ..train.processes import STEP, found, job, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 from hnet.train.config import TrainConfig
 
@@ -35,6 +36,15 @@ def tiny(out: Path) -> TrainConfig:
 @pytest.fixture
 def config(tmp_path):
     return tiny(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As the processes of `processes.run` have: the order of sums is theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 from hnet.train.metrics import Reading
 
-from .test_distributed import found, job, run
+from .processes import found, job, run
 
 
 @pytest.fixture

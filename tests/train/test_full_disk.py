@@ -18,8 +18,10 @@ from hnet.train.checkpoint import NotWritten, latest_checkpoint, list_checkpoint
 from hnet.train.loop import Trainer
 from hnet.train.metrics import MetricsFile
 
-from .conftest import fill, make_room
+from .conftest import fill, make_room, tiny
+from .processes import found, job, run
 from .test_guards import before_step, events
+from .test_resume import equal
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -225,3 +227,26 @@ def test_the_command_ends_with_one_line(config, small_disk, room):
     assert str(out) in line
     assert not list(out.rglob(".partial*"))
     assert list_checkpoints(out / "checkpoints") == []
+
+
+def test_a_full_disk_costs_a_checkpoint_on_all_processes(tmp_path, small_disk):
+    """Once where all write (no room at all), once where one does (room for the shards alone); then the last save."""
+    base = dataclasses.replace(tiny(tmp_path), parallel="fsdp", weight_ema=0.9, steps=4, checkpoint_every=2)
+    jobs = []
+    for left in (0, 3 << 20):
+        c = dataclasses.replace(base, out=str(small_disk / f"run{left}"))
+        at = {1: "fill", 3: "make room"}
+        jobs.append(job(f"goes-on{left}", c, "train", at=at, disk=str(small_disk), left=left))
+    c = dataclasses.replace(base, out=str(small_disk / "last"))
+    jobs.append(job("last", c, "train", at={3: "fill"}, disk=str(small_disk), left=3 << 20, fails=True))
+    assert run(tmp_path, jobs) == [0, 0]
+    for left in (0, 3 << 20):
+        root = small_disk / f"run{left}" / "checkpoints"
+        assert sorted(p.name for p in root.iterdir()) == ["best", "step_00000004"]
+        verify(root / "step_00000004")
+        rows = read_metrics(root.parent / "metrics.jsonl")
+        assert [r["step"] for r in rows if "event" not in r] == list(range(5))
+        assert "checkpoint of step 2 not written" in next(r for r in rows if r.get("event") == "disk_full")["message"]
+        equal(*(found(tmp_path, f"goes-on{left}", rank)["state"] for rank in (0, 1)))
+    assert [p.name for p in (small_disk / "last" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert "NotWritten: checkpoint of step 4 not written" in (tmp_path / "last.0.error").read_text()
