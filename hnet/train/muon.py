@@ -40,6 +40,7 @@ class Muon(torch.optim.Muon):
         lr, keep = group["lr"], group["momentum"]
         averages, updates = [], []
         for p in parameters:
+            assert p.grad is not None  # as `step` has seen
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
