@@ -9,12 +9,13 @@ from .model import (
     AttnConfig,
     ConvConfig,
     HNetConfig,
+    NgramConfig,
     RoutingConfig,
     SSMConfig,
     parse_layout,
 )  # fmt: skip
 
 __all__ = [
-    "BOS", "BOUNDARIES", "EOS", "MAMBA_HEADDIM", "MIXERS", "AttnConfig", "ConvConfig", "HNetConfig", "RoutingConfig",
-    "SSMConfig", "parse_layout",
+    "BOS", "BOUNDARIES", "EOS", "MAMBA_HEADDIM", "MIXERS", "AttnConfig", "ConvConfig", "HNetConfig", "NgramConfig",
+    "RoutingConfig", "SSMConfig", "parse_layout",
 ]  # fmt: skip

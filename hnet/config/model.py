@@ -56,6 +56,17 @@ class RoutingConfig:
     logit_bias: list[float] | None = None
 
 
+@dataclass
+class NgramConfig:
+    """Embeddings of the last n bytes, added to a byte's own, an extension the published models do not use.
+
+    sizes: the n, each from 2 to 8; none: no such embeddings. rows: the n-grams of a size are hashed into so many.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    rows: int = 8192
+
+
 BOUNDARIES = ("any", "char-start", "char-end")
 
 
@@ -76,6 +87,7 @@ class HNetConfig:
     tie_embeddings: bool = False
     conv_cfg: ConvConfig = field(default_factory=ConvConfig)
     routing_cfg: RoutingConfig = field(default_factory=RoutingConfig)
+    ngram_cfg: NgramConfig = field(default_factory=NgramConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -108,6 +120,8 @@ class HNetConfig:
             del d["conv_cfg"]  # keep the published format where it suffices
         if self.routing_cfg == RoutingConfig():
             del d["routing_cfg"]
+        if not self.ngram_cfg.sizes:
+            del d["ngram_cfg"]
         return d
 
     def to_json(self, path: str | Path) -> None:
@@ -123,7 +137,10 @@ class HNetConfig:
         if not isinstance(d, dict):
             raise UserError(f"config must be a JSON object, got {type(d).__name__}")
         d = dict(d)
-        parts = {"ssm_cfg": SSMConfig, "attn_cfg": AttnConfig, "conv_cfg": ConvConfig, "routing_cfg": RoutingConfig}
+        parts = {
+            "ssm_cfg": SSMConfig, "attn_cfg": AttnConfig, "conv_cfg": ConvConfig, "routing_cfg": RoutingConfig,
+            "ngram_cfg": NgramConfig,
+        }  # fmt: skip
         for name, cls in parts.items():
             if name in d:
                 d[name] = _build(cls, d[name], name)
@@ -206,6 +223,12 @@ def _check(c: HNetConfig) -> None:
             f"routing_cfg.logit_bias must list one number for each of the {stages - 1} stages with routing, "
             f"got {r.logit_bias!r}"
         )
+    g = c.ngram_cfg
+    distinct = isinstance(g.sizes, list) and all(type(n) is int and 2 <= n <= 8 for n in g.sizes)
+    if not distinct or len(set(g.sizes)) < len(g.sizes):
+        raise UserError(f"ngram_cfg.sizes must list integers from 2 to 8, each once, got {g.sizes!r}")
+    if type(g.rows) is not int or g.rows < 1:
+        raise UserError(f"ngram_cfg.rows must be an integer >= 1, got {g.rows!r}")
     letters = {s: "".join(m for layout in c.layouts(s) for m, _ in parse_layout(layout)) for s in range(stages)}
     if any("t" in m.lower() for m in letters.values()):
         for name, low in (("num_heads", 1), ("rotary_emb_dim", 0), ("window_size", -1)):

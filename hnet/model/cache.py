@@ -167,6 +167,15 @@ class HNetCache:
     size: int  # slots; the tensors may have a spare one besides
     max_length: int
     run: Callable[..., tuple[Tensor, ...]] = run_directly
+    recent: Tensor | None = None  # (B, n) int64, the last bytes of every slot, for embeddings of n-grams
+
+    def recall(self, named: list[int], new: Tensor) -> Tensor:
+        """The bytes before the new one of these slots, and it, a row each; it is remembered."""
+        assert self.recent is not None
+        where = slice(len(named)) if named == list(range(len(named))) else upload(named, new.device)
+        recent = torch.cat([self.recent[where], new[:, None]], 1)
+        self.recent[where] = recent[:, 1:]
+        return recent
 
     @property
     def length(self) -> Tensor:

@@ -16,8 +16,9 @@ from hnet.config import HNetConfig
 from .cache import HNetCache, run_directly, upload
 from .checkpoint_format import find_config, find_weights, load_state, read_weights, save_pretrained
 from .decode_graphs import EXACT, Graphs
-from .hnet import HNet
+from .hnet import HNet, recent_bytes
 from .isotropic import Block
+from .ngrams import NgramEmbeddings
 from .pack import Pack
 
 
@@ -43,6 +44,8 @@ class HNetForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model[0])
+        has_ngrams = bool(config.ngram_cfg.sizes)
+        self.ngrams = NgramEmbeddings(config.ngram_cfg, config.vocab_size, config.d_model[0]) if has_ngrams else None
         self.backbone = HNet(config)
         self.lm_head = nn.Linear(config.d_model[0], config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -126,8 +129,13 @@ class HNetForCausalLM(nn.Module):
                 cu_seqlens = torch.zeros(B + 1, dtype=torch.int32, device=flat.device)
             max_seqlen = L
         pack = Pack(cu_seqlens, flat.shape[0], max_seqlen)
-        x, routing = self.backbone(self.embeddings(flat), pack, max_chunks, input_ids=flat)
+        x, routing = self.backbone(self._embed(flat, pack), pack, max_chunks, input_ids=flat)
         return CausalLMOutput(self.lm_head(x).view(*input_ids.shape, -1), routing)
+
+    def _embed(self, ids: Tensor, pack: Pack) -> Tensor:
+        """(T,) -> (T, d_model)"""
+        x = self.embeddings(ids)
+        return x if self.ngrams is None else x + self.ngrams(recent_bytes(ids, pack, self.ngrams.longest))
 
     def current_config(self) -> HNetConfig:
         """The config with the logit biases as they are now."""
@@ -156,7 +164,11 @@ class HNetForCausalLM(nn.Module):
         run = Graphs() if graphs is True else graphs
         spare = 1 if run and batch_size > EXACT else 0
         root = self.backbone.allocate_cache(batch_size + spare, max_length)
-        return HNetCache(root, batch_size, max_length, run or run_directly)
+        recent = None
+        if self.ngrams is not None:
+            shape = (batch_size, self.ngrams.longest - 1)
+            recent = torch.zeros(shape, dtype=torch.int64, device=self.embeddings.weight.device)
+        return HNetCache(root, batch_size, max_length, run or run_directly, recent)
 
     @torch.inference_mode()
     def prefill(
@@ -188,7 +200,10 @@ class HNetForCausalLM(nn.Module):
             raise ValueError(f"{len(lengths)} prompts need as many slots of the cache's {cache.size}")
         places = upload(named, input_ids.device)
         pack = Pack(cu_seqlens, input_ids.shape[0])
-        x, routing = self.backbone(self.embeddings(input_ids), pack, None, cache.root, places, input_ids)
+        x, routing = self.backbone(self._embed(input_ids, pack), pack, None, cache.root, places, input_ids)
+        if self.ngrams is not None and cache.recent is not None:
+            recent = recent_bytes(input_ids, pack, self.ngrams.longest)
+            cache.recent[places] = recent[cu_seqlens[1:].long() - 1, 1:]
         for stage, ends in zip(cache.root.stages(), [cu_seqlens, *(r.cu_chunks for r in routing)], strict=True):
             stage.filled(named, places, ends.diff())
         return CausalLMOutput(self.lm_head(x), routing)
@@ -214,7 +229,10 @@ class HNetForCausalLM(nn.Module):
             raise ValueError(f"input_ids must be one byte a slot, shape ({len(named)},), got {tuple(input_ids.shape)}")
         if max(cache.root.seen[s] for s in named) >= cache.max_length:
             raise ValueError(f"a slot has reached the cache's max_length, {cache.max_length}")
-        x, masks = self.backbone.step(self.embeddings(input_ids), cache.root, named, input_ids, cache.run)
+        x = self.embeddings(input_ids)
+        if self.ngrams is not None:
+            x = x + self.ngrams(cache.recall(named, input_ids))
+        x, masks = self.backbone.step(x, cache.root, named, input_ids, cache.run)
         return self.lm_head(x), masks
 
     # --- files ----------------------------------------------------------------------------------------------------

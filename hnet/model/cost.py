@@ -66,6 +66,8 @@ def stage_costs(model: HNetForCausalLM) -> list[StageCost]:
         matrices = sum(p.numel() for p in parameters if p.dim() == 2)
         if s == 0 and not model.config.tie_embeddings:  # tied: one parameter, used as a matrix once
             matrices -= model.embeddings.weight.numel()
+        if s == 0 and model.ngrams is not None:
+            matrices -= model.ngrams.weight.numel()
         forward, attention = 2.0 * matrices, dict[int, float]()
         stacks = [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]
         for block in (b for stack in stacks for b in stack.modules() if isinstance(b, Block)):

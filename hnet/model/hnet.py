@@ -220,11 +220,11 @@ def ends_character(recent: Tensor) -> Tensor:
     return (a < 0x80) | (a >= 0xF8) | two | three | four
 
 
-def recent_bytes(input_ids: Tensor, pack: Pack) -> Tensor:
-    """(T, 4): the three bytes before each position in its sequence, and its own."""
+def recent_bytes(input_ids: Tensor, pack: Pack, count: int = 4) -> Tensor:
+    """(T, count): the bytes before each position in its sequence, 0 before it begins, and its own."""
     columns = []
-    for back in (3, 2, 1):
-        shifted = torch.cat([input_ids.new_zeros(back), input_ids[:-back]])[: len(input_ids)]
+    for back in range(count - 1, 0, -1):
+        shifted = torch.cat([input_ids.new_zeros(back), input_ids])[: len(input_ids)]
         columns.append(torch.where(pack.position >= back, shifted, 0))
     return torch.stack([*columns, input_ids], 1)
 

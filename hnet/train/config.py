@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from hnet.config import BOUNDARIES, HNetConfig
+from hnet.config import BOUNDARIES, HNetConfig, NgramConfig
 from hnet.config.architecture import from_shorthand, targets
 from hnet.config.keys import key
 from hnet.config.run import RunConfig
@@ -22,6 +23,11 @@ class TrainConfig(RunConfig):
     heads: list[int] = key([], "with arch: attention heads of every stage; default: 64 channels each")
     windows: list[int] = key([], "with arch: attention window of every stage; default: 1023, innermost -1 (all)")
     d_intermediate: list[int] = key([], "with arch: SwiGLU width of every stage; default: 8/3 of d_model, up to 128s")
+    ngrams: list[int] = key(
+        [],
+        "embeddings of the last n bytes, added to a byte's own: 2,3,4; default: what the architecture has, mostly none",
+    )
+    ngram_rows: int = key(0, "rows of the table that the ngrams of a size are hashed into; default: 8192", low=0)
     # compression
     compression: list[float] = key(
         [4.0],
@@ -129,6 +135,10 @@ class TrainConfig(RunConfig):
             config = HNetConfig.from_json(self.model_config)
         else:
             config = HNetConfig.preset(self.preset)
+        if self.ngrams or self.ngram_rows:
+            g = config.ngram_cfg
+            own = NgramConfig(self.ngrams or g.sizes, self.ngram_rows or g.rows)
+            config = dataclasses.replace(config, ngram_cfg=own)
         if self.boundaries != "any":
             config.routing_cfg.boundaries = self.boundaries
         return config

@@ -20,7 +20,7 @@ def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool
     number a bin and channel, no map) do not; embeddings if asked for."""
     if name.startswith("state.") and name.endswith((".decay", ".angle")):
         return False
-    return parameter.dim() == 2 and (embeddings or not name.startswith("embeddings."))
+    return parameter.dim() == 2 and (embeddings or not name.startswith(("embeddings.", "ngrams.")))
 
 
 def muon_parameters(model: nn.Module) -> set[int]:
