@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from benchmarks.learning import decisive
+from benchmarks.table import decisive_section
 
 
 def test_kinds_of_characters():
@@ -25,3 +28,7 @@ def test_a_run_of_each_arm(tmp_path):
         assert abs(sum(row["boundaries"].values()) - 1) < 1e-9
         assert 0 <= row["p_off"] <= 0.5 < row["p_on"] <= 1
         assert row["val_ce"] > 0
+    text = decisive_section(data)
+    line = next(x for x in text.splitlines() if "| both |" in x)
+    shares = [float(x) for x in line.split("|")[-2].split("/")]
+    assert shares == pytest.approx(list(data["rows"][1]["boundaries"].values()), abs=0.005)

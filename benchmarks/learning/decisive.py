@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import tempfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "entropy": OFF | SCHEDULE | {"entropy_weight": [0.1]},
     "surprisal": OFF | SCHEDULE | {"surprisal_weight": [0.1]},
     "both": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.1]},
+    "both_firm": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.2]},
 }
 KINDS = ("whitespace", "word_start", "second_letter", "inside_word", "other")
 
@@ -124,11 +124,9 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
             "documents": a.documents, "boundaries": a.boundaries, "device": "cpu", "plots": False, "sample_bytes": 0,
             "eval_every": a.steps, "eval_bytes": 4096, "checkpoint_every": a.steps, "out": str(out / "run"),
         })  # fmt: skip
-        begin = time.perf_counter()
         trainer = Trainer(TrainConfig(**values))
         trainer.train()
         row = key | score(trainer.model, trainer.task.val, a.seq_len, 8192)
-        row["seconds"] = round(time.perf_counter() - begin)
     row |= {"boundaries_at": a.boundaries, "batch_bytes": a.batch_bytes, "seq_len": a.seq_len}
     row |= {"settings": ARMS[key["arm"]], "command": command(a, key), "date": datetime.date.today().isoformat()}
     print(json.dumps({k: v for k, v in row.items() if k not in ("settings", "command")}), flush=True)
@@ -137,7 +135,7 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
 
 def command(a: argparse.Namespace, key: dict[str, Any]) -> str:
     """That makes this row again, but for where the data are."""
-    words = ["python -m benchmarks.learning.decisive --data", a.data.name]
+    words = ["python -m benchmarks.learning.decisive --data", a.data.name, "--name", key["data"]]
     words += ["--arms", key["arm"], "--targets", f"{key['target']:g}", "--seeds", str(key["seed"])]
     for flag in ("steps", "batch_bytes", "seq_len", "documents", "boundaries"):
         words += [f"--{flag.replace('_', '-')}", str(getattr(a, flag))]
@@ -148,7 +146,8 @@ def command(a: argparse.Namespace, key: dict[str, Any]) -> str:
 
 def add(path: Path, row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    path.write_text(json.dumps({"machine": machine(), "rows": [*rows, row]}, indent=1) + "\n")
+    here = machine() | {"command": "python -m benchmarks.learning.decisive"}  # each row has its own in full
+    path.write_text(json.dumps({"machine": here, "rows": [*rows, row]}, indent=1) + "\n")
 
 
 def arguments() -> argparse.ArgumentParser:
