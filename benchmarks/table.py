@@ -149,7 +149,11 @@ def decisive_section(data: dict) -> str:
         where = [[r["boundaries"][k] for k in r["boundaries"]] for r in rows]
         values = [r["val_ce"] for r in rows]
         spread = f" ({min(values):.3f} to {max(values):.3f})" if len(rows) > 1 else ""
-        cells = [f"{name}{'' if at == 'any' else ', ' + at}, {steps}", f"{target:g}", arm, str(len(rows))]
+        weights = [
+            f"{k.partition('_')[0]} {v[0]:g}" for k, v in rows[0]["settings"].items() if "weight" in k and any(v)
+        ]
+        cells = [f"{name}{'' if at == 'any' else ', ' + at}, {steps}", f"{target:g}"]
+        cells += [" + ".join(weights) or arm, str(len(rows))]
         cells += [f"{mean(values):.3f}{spread}", f"{mean(r['bytes_per_chunk'] for r in rows):.2f}"]
         cells += [f"{mean(r['F'] for r in rows):.3f} / {mean(r['G'] for r in rows):.3f}"]
         cells += [f"{min(r['p_on'] for r in rows):.2f} / {max(r['p_off'] for r in rows):.2f}"]

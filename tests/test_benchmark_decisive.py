@@ -29,6 +29,6 @@ def test_a_run_of_each_arm(tmp_path):
         assert 0 <= row["p_off"] <= 0.5 < row["p_on"] <= 1
         assert row["val_ce"] > 0
     text = decisive_section(data)
-    line = next(x for x in text.splitlines() if "| both |" in x)
+    line = next(x for x in text.splitlines() if "| surprisal 0.1 + entropy 0.1 |" in x)
     shares = [float(x) for x in line.split("|")[-2].split("/")]
     assert shares == pytest.approx(list(data["rows"][1]["boundaries"].values()), abs=0.005)

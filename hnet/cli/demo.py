@@ -30,7 +30,7 @@ def config(out: str, steps: int) -> TrainConfig:
         ratio_weight="auto",
         rate_control="bias",
         surprisal_weight=[0.1],
-        entropy_weight=[0.1],
+        entropy_weight=[0.2],
         seq_len=512,
         batch_bytes=8192,
         steps=steps,
