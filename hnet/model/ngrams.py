@@ -15,7 +15,8 @@ class NgramEmbeddings(nn.Module):
     """sum_n weight[hash(the last n bytes)], n in config.sizes, each n with `config.rows` rows of its own.
 
     Frequent n-grams have a row almost to themselves, rare ones share theirs. The table starts at zero: a model begins
-    as it would without.
+    as it would without. `dropout`: this share of the n-grams is dropped in training; else a corpus of few bytes, read
+    again and again, is soon known by heart.
     """
 
     powers: Tensor
@@ -23,7 +24,7 @@ class NgramEmbeddings(nn.Module):
 
     def __init__(self, config: NgramConfig, vocab_size: int, d_model: int) -> None:
         super().__init__()
-        self.rows, self.longest = config.rows, max(config.sizes)
+        self.rows, self.longest, self.dropout = config.rows, max(config.sizes), 0.0
         self.weight = nn.Parameter(torch.zeros(len(config.sizes) * config.rows, d_model))
         back = range(self.longest - 1, -1, -1)
         powers = [[pow(vocab_size + 1, k, PRIME) if k < n else 0 for k in back] for n in config.sizes]
@@ -33,7 +34,10 @@ class NgramEmbeddings(nn.Module):
 
     def forward(self, recent: Tensor) -> Tensor:
         """recent (T, longest) int64: every byte after those before it, 0 where there are none -> (T, d_model)"""
-        return F.embedding(self.index(recent), self.weight).sum(1)
+        rows = F.embedding(self.index(recent), self.weight)
+        if self.dropout and self.training:
+            rows = rows * F.dropout(rows.new_ones(*rows.shape[:2], 1), self.dropout)
+        return rows.sum(1)
 
     def index(self, recent: Tensor) -> Tensor:
         """(T, sizes) int64, rows of the table"""

@@ -27,6 +27,12 @@ class TrainConfig(RunConfig):
         [],
         "embeddings of the last n bytes, added to a byte's own: 2,3,4; default: what the architecture has, mostly none",
     )
+    ngram_dropout: float = key(
+        0.0,
+        "share of the n-grams dropped in training; a small corpus, read many times, is learnt by heart",
+        low=0,
+        high=0.9,
+    )
     ngram_rows: int = key(0, "rows of the table that the ngrams of a size are hashed into; default: 8192", low=0)
     # compression
     compression: list[float] = key(

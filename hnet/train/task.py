@@ -79,6 +79,8 @@ class HNetTask:
         check_reach(config, stream, self.pack_bytes)
         self.stream = with_workers(stream, config.num_workers)
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
+        if self.model.ngrams is not None:
+            self.model.ngrams.dropout = config.ngram_dropout
         for i, stage in enumerate(self.model.stages()):
             chosen = config.recompute and (not config.recompute_stages or i in config.recompute_stages)
             for m in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:

@@ -48,6 +48,25 @@ def test_the_hash():
     assert torch.allclose(module(recent), want, atol=1e-6)
 
 
+def test_dropout_drops_whole_rows_in_training():
+    module = NgramEmbeddings(NgramConfig([2, 4], 5), 256, 16)
+    with torch.no_grad():
+        module.weight.normal_()
+    recent = torch.randint(256, (2000, 4))
+    whole = module(recent)
+    module.dropout = 0.25
+    rows = module.weight.detach()[module.index(recent)] / 0.75
+    torch.manual_seed(0)
+    found = module(recent).detach()
+    choices = torch.stack([torch.zeros_like(found), rows[:, 0], rows[:, 1], rows.sum(1)])
+    off = (found - choices).abs().amax(-1)
+    assert off.amin(0).max() < 1e-5
+    share = off.argmin(0).bincount(minlength=4) / 2000
+    assert torch.allclose(share, torch.tensor([0.0625, 0.1875, 0.1875, 0.5625]), atol=0.03)
+    module.eval()
+    assert torch.equal(module(recent), whole)
+
+
 def test_the_hash_spreads():
     """What stands in a table of 4096 rows: 2,000 n-grams share no more rows than chance has it, 384 of them."""
     module = NgramEmbeddings(NgramConfig([3], 4096), 256, 1)
