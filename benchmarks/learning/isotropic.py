@@ -4,7 +4,7 @@ Width 128, blocks c c t c t (c: gated convolution of 6 taps, no FFN; t: attentio
 with squared ReLU), rotary positions, RMSNorm without weights, queries and keys normed too, output projections and head
 zero at the start. Muon (0.02) for the matrices, AdamW (0.006) for the rest, 16 sequences of 128 bytes a step, a flat
 rate for 30 % of the run and then linearly down. It uses what the H-Net uses: `hnet_kernels`' fused layers, the
-trainer's Muon, bf16 where the processor has it.
+trainer's Muon, bf16 where the processor has it, and, as `isotropic+ngrams`, the recipe's embeddings of n-grams.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hnet_kernels as hk
+from hnet.config import NgramConfig
 from hnet.device import pick_autocast
+from hnet.model.hnet import recent_bytes
+from hnet.model.ngrams import NgramEmbeddings
 from hnet.model.pack import Pack
+from hnet.train.config import TrainConfig
 from hnet.train.muon import Muon
 
 TAPS, HEAD, EPS = 6, 32, 1e-6
@@ -62,9 +66,10 @@ class MLP(nn.Module):
 class Isotropic(nn.Module):
     """(n, L) int64 bytes -> (n, L, 256) logits of the byte after each."""
 
-    def __init__(self, layout: str = "cctct", width: int = 128) -> None:
+    def __init__(self, layout: str = "cctct", width: int = 128, ngrams: NgramConfig | None = None) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(256, width)
+        self.ngrams = None if ngrams is None else NgramEmbeddings(ngrams, 256, width)
         parts = [[Conv(width)] if letter == "c" else [Attention(width), MLP(width)] for letter in layout]
         self.branches = nn.ModuleList(branch for block in parts for branch in block)
         self.head = nn.Linear(width, 256, bias=False)
@@ -75,7 +80,10 @@ class Isotropic(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         n, L = ids.shape
         pack = Pack(torch.arange(0, (n + 1) * L, L, dtype=torch.int32), n * L, L)
-        x, residual = F.rms_norm(self.embeddings(ids.flatten()), (self.ones.shape[0],)), None
+        x, residual = self.embeddings(ids.flatten()), None
+        if self.ngrams is not None:
+            x = x + self.ngrams(recent_bytes(ids.flatten(), pack, self.ngrams.longest))
+        x = F.rms_norm(x, (self.ones.shape[0],))
         for branch in self.branches:
             h, residual = hk.add_rms_norm(x, residual, self.ones, EPS)
             x = branch(h, pack)
@@ -85,10 +93,12 @@ class Isotropic(nn.Module):
 class Learner:
     context, batch, peak = 128, 16, 0.02
 
-    def __init__(self, train: Tensor, seed: int) -> None:
-        """train: (bytes,) int64"""
+    def __init__(self, train: Tensor, seed: int, recipe: TrainConfig | None = None) -> None:
+        """train: (bytes,) int64; recipe: of which to take the embeddings of n-grams, default: none"""
         torch.manual_seed(seed)
-        self.model, self.train, self.steps = Isotropic(), train, 0
+        self.model, self.train, self.steps = Isotropic(ngrams=recipe and recipe.model().ngram_cfg), train, 0
+        if recipe is not None and self.model.ngrams is not None:
+            self.model.ngrams.dropout = recipe.ngram_dropout
         self.random = torch.Generator().manual_seed(seed)
         matrices = [m.weight for m in self.model.branches.modules() if isinstance(m, nn.Linear)]
         chosen = {id(p) for p in matrices}
@@ -123,5 +133,8 @@ class Learner:
         self.steps += 1
 
     def log_probs(self, ids: Tensor) -> Tensor:
+        self.model.eval()
         with self.autocast():
-            return self.model(ids).float().log_softmax(-1)
+            logits = self.model(ids)
+        self.model.train()
+        return logits.float().log_softmax(-1)

@@ -22,7 +22,12 @@ from ..harness import machine
 from . import isotropic, nanogpt, ours
 from .validation import nats_per_byte
 
-LEARNERS: dict[str, Any] = {"hnet": ours.Learner, "isotropic": isotropic.Learner, "nanogpt": nanogpt.Learner}
+LEARNERS: dict[str, Any] = {
+    "hnet": ours.Learner,
+    "isotropic": isotropic.Learner,
+    "isotropic+ngrams": lambda train, seed: isotropic.Learner(train, seed, ours.recipe()),
+    "nanogpt": nanogpt.Learner,
+}
 UNITS = ("seconds", "teraflops")
 LEFT_OUT = ("site-packages", "dist-packages", "test", "tests")
 

@@ -26,6 +26,8 @@ def config(out: str, steps: int) -> TrainConfig:
         pattern="*.py",
         exclude=["site-packages", "dist-packages", "test", "tests"],
         preset="laptop",
+        ngrams=[2, 3, 4],
+        ngram_rows=16384,
         compression=[4.0],
         ratio_weight="auto",
         rate_control="bias",
