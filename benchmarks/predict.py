@@ -101,7 +101,7 @@ def ops(shape: Shape) -> dict[str, Op]:
     def route(budget: int) -> Pass:
         return Pass(
             lambda i: hk.route(q, k, cu, max_chunks=budget),
-            lambda i, out: of((out.boundary_prob, out.selected_prob, out.prob_sum), q, k),
+            lambda i, out: of((out.boundary_prob, out.selected_prob, out.prob_sum, out.entropy_sum), q, k),
         )
 
     def dechunk(residual: Tensor) -> Pass:

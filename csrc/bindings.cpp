@@ -3,6 +3,7 @@
 // this file checks what would make a kernel read outside its arrays.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -100,13 +101,16 @@ PYBIND11_MODULE(_C, m) {
       "route_fwd",
       [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, ptr cu, i64 N, i64 T, i64 D, float bias_scale, ptr candidates,
          bool padded, i64 budget, ptr prob, ptr mask, ptr selected, ptr cos, ptr inv_q, ptr inv_k, ptr chunk_index, ptr cu_chunks,
-         ptr prob_sum, ptr num_dropped, int threads) {
+         ptr prob_sum, ptr entropy_sum, ptr num_dropped, int threads) {
         check_cu_seqlens(as<int32_t>(cu), N, T, padded);
+        std::unique_ptr<float[]> entropy(new float[T]);  // not kept: the backward has cos
         RouteFwd a{rows(q, q_stride), rows(k, k_stride), as<int32_t>(cu), N, T, D, bias_scale, as<uint8_t>(candidates),
-                   as<float>(prob), as<float>(selected), as<uint8_t>(mask), as<float>(cos), as<float>(inv_q), as<float>(inv_k)};
+                   as<float>(prob), as<float>(selected), as<uint8_t>(mask), as<float>(cos), as<float>(inv_q), as<float>(inv_k),
+                   entropy.get()};
         kernels().route_fwd(Dtype(dtype), a, threads);
         return compact({as<int32_t>(cu), N, T, budget, as<float>(prob), as<uint8_t>(mask), as<float>(selected),
-                        as<int32_t>(chunk_index), as<int32_t>(cu_chunks), as<float>(prob_sum), as<int32_t>(num_dropped)});
+                        as<int32_t>(chunk_index), as<int32_t>(cu_chunks), entropy.get(), as<float>(prob_sum),
+                        as<float>(entropy_sum), as<int32_t>(num_dropped)});
       },
       ARGS);
   m.def(
@@ -118,10 +122,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "route_bwd",
       [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, ptr cu, i64 N, i64 T, i64 D, float bias_scale, ptr mask, ptr cos,
-         ptr inv_q, ptr inv_k, ptr dprob, ptr dselected, ptr dprob_sum, ptr dq, ptr dk, ptr dbias, int threads) {
+         ptr inv_q, ptr inv_k, ptr dprob, ptr dselected, ptr dprob_sum, ptr dentropy_sum, ptr dq, ptr dk, ptr dbias, int threads) {
         RouteBwd a{rows(q, q_stride), rows(k, k_stride), as<int32_t>(cu), N, T, D, bias_scale, as<uint8_t>(mask),
                    as<float>(cos), as<float>(inv_q), as<float>(inv_k), as<float>(dprob), as<float>(dselected),
-                   as<float>(dprob_sum), rows(dq, D), rows(dk, D), as<float>(dbias)};
+                   as<float>(dprob_sum), as<float>(dentropy_sum), rows(dq, D), rows(dk, D), as<float>(dbias)};
         kernels().route_bwd(Dtype(dtype), a, threads);
       },
       ARGS);

@@ -95,25 +95,25 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     prob, selected, norms = _empty(T), _empty(T), _empty(3, T)
     mask = _empty(T, dtype=torch.bool)
     chunk_index, cu_chunks = _empty(T, dtype=torch.int32), _empty(N + 1, dtype=torch.int32)
-    prob_sum, num_dropped = _empty(N), _empty((), dtype=torch.int32)
+    prob_sum, entropy_sum, num_dropped = _empty(N), _empty(N), _empty((), dtype=torch.int32)
     count = _call(
         "route_fwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), candidates, padded,
         -1 if max_chunks is None else max_chunks,
-        prob, mask, selected, *norms, chunk_index, cu_chunks, prob_sum, num_dropped,
+        prob, mask, selected, *norms, chunk_index, cu_chunks, prob_sum, entropy_sum, num_dropped,
     )  # fmt: skip
     M = count if max_chunks is None else max_chunks
     chunk_start = _empty(M, dtype=torch.int32)
     _call("fill_chunk_start", mask, T, cu_seqlens[-1].item(), chunk_start, M)
-    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, norms
+    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped, norms
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, bias_grad):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, dentropy_sum, bias_grad):
     N, T, D = _sizes(cu_seqlens, q)
     dq, dk = _empty(T, D, dtype=q.dtype), _empty(T, D, dtype=q.dtype)
     dbias = _empty(T) if bias_grad else None
     _call(
         "route_bwd", q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, _scale(logit_bias), mask, *norms,
-        dprob, dselected, dprob_sum, dq, dk, dbias,
+        dprob, dselected, dprob_sum, dentropy_sum, dq, dk, dbias,
     )  # fmt: skip
     return dq, dk, _empty(0) if dbias is None else dbias.double().sum().float()
 

@@ -45,6 +45,13 @@ def boundary_probability(q: Tensor, k: Tensor, logit_bias: float | Tensor) -> Te
     return p * scale / (1 - p + p * scale)
 
 
+def entropy(p: Tensor) -> Tensor:
+    """Binary entropy in nats, -p ln p - (1 - p) ln(1 - p). Derivative ln((1 - p) / p), but 0 at p = 0 and p = 1."""
+    sure = (p <= 0) | (p >= 1)
+    inside = torch.where(sure, 0.5, p)
+    return torch.where(sure, 0, -(inside * inside.log() + (1 - inside) * (-inside).log1p()))
+
+
 def drop_past_budget(mask: Tensor, p: Tensor, first: Tensor, budget: int) -> Tensor:
     """Keep the `budget` most probable boundaries (ties: the earlier one), first positions before all others."""
     key = torch.where(first, 2.0, torch.where(mask, p, -1.0))
@@ -87,8 +94,9 @@ def route(
         slot = torch.where(mask, count - 1, max_chunks).long()  # one slot too many, to throw the others away
         chunk_start = cu_seqlens[-1].expand(max_chunks + 1).clone()
         chunk_start = chunk_start.scatter(0, slot, torch.arange(T, device=q.device, dtype=torch.int32))[:max_chunks]
-    prob_sum = p.new_zeros(N + 1).index_add(0, seq, p)[:N]
-    return Routing(p, mask, selected, count - 1, chunk_start, cu_chunks, cu_seqlens, prob_sum, total - cu_chunks[-1])
+    prob_sum, entropy_sum = (p.new_zeros(N + 1).index_add(0, seq, x)[:N] for x in (p, entropy(p)))
+    layout = count - 1, chunk_start, cu_chunks, cu_seqlens
+    return Routing(p, mask, selected, *layout, prob_sum, entropy_sum, total - cu_chunks[-1])
 
 
 def route_step(

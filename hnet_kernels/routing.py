@@ -2,6 +2,8 @@
 
     p_t = (1 - cos(q_{t-1}, k_t)) / 2      b_t = p_t > 1/2      c_t = p_t if b_t else 1 - p_t
 
+and over each sequence the sums of p and of its entropy, which losses read.
+
 Public functions `route` and `route_step`; below them the autograd formula and the schema of the op. Plain PyTorch in
 `reference.py`, kernels in `csrc/cpu/route.cpp` and `triton/routing.py`.
 """
@@ -88,8 +90,12 @@ def route(
         backend: "reference" | "cpu" | "triton" | "cuda" | "auto"; default: the one in force (`hnet_kernels.backend`).
 
     Returns:
-        Routing. boundary_prob, selected_prob and prob_sum carry gradients to q, k and logit_bias. Probabilities are
-        fp32 (fp64 for fp64 input), computed in that precision whatever the input dtype.
+        Routing. boundary_prob, selected_prob, prob_sum and entropy_sum carry gradients to q, k and logit_bias.
+        Probabilities and sums are fp32 (fp64 for fp64 input), computed in that precision whatever the input dtype.
+
+        entropy_sum (N,): for each sequence the sum of H(p_t) = -p_t ln p_t - (1 - p_t) ln(1 - p_t), in nats, of the p
+        returned (logit_bias included); first positions and padding add 0. dH/dp = ln((1 - p) / p), but 0 where p is 0
+        or 1: there the gradients of q, k and logit_bias go to 0 as p does. Mean over a pack: entropy_sum.sum() / T.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; max_chunks < N; cu_seqlens that does not start at 0,
@@ -117,8 +123,8 @@ def route(
         check_cu_seqlens_values(cu_seqlens, T, padded)
         return reference.route(q, k, cu_seqlens, bias, candidates, max_chunks, padded)
     out = _route(q, k, cu_seqlens, bias, candidates, max_chunks, padded, chosen)
-    prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped = out[:8]
-    return Routing(prob, mask, selected, chunk_index, chunk_start, cu_chunks, cu_seqlens, prob_sum, num_dropped)
+    prob, mask, selected, index, start, cu_chunks, prob_sum, entropy_sum, num_dropped = out[:9]
+    return Routing(prob, mask, selected, index, start, cu_chunks, cu_seqlens, prob_sum, entropy_sum, num_dropped)
 
 
 def route_step(
@@ -163,17 +169,17 @@ def route_step(
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, cu_seqlens, logit_bias, _, _, _, ctx.chosen = inputs
-    mask, norms = output[1], output[8]
+    mask, norms = output[1], output[9]
     ctx.mark_non_differentiable(norms)
     ctx.save_for_backward(q, k, cu_seqlens, logit_bias, mask, norms)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dprob, _mask, dselected, _index, _start, _cu, dprob_sum, *_):
+def _backward(ctx, dprob, _mask, dselected, _index, _start, _cu, dprob_sum, dentropy_sum, *_):
     q, k, cu_seqlens, logit_bias, mask, norms = ctx.saved_tensors
     bias_grad = ctx.needs_input_grad[3]
     dq, dk, dbias = _route_bwd(
-        q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, bias_grad, ctx.chosen
+        q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, dentropy_sum, bias_grad, ctx.chosen
     )
     return dq, dk, None, dbias if bias_grad else None, None, None, None, None
 
@@ -192,7 +198,7 @@ def _route_fake(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded, ba
         return q.new_empty(shape, dtype=torch.int32)
 
     mask = q.new_empty(T, dtype=torch.bool)
-    return f32(T), mask, f32(T), i32(T), i32(M), i32(N + 1), f32(N), i32(), f32(3, T)
+    return f32(T), mask, f32(T), i32(T), i32(M), i32(N + 1), f32(N), f32(N), i32(), f32(3, T)
 
 
 def _route_bwd_fake(q, *args):
@@ -208,7 +214,7 @@ def _route_step_fake(q_prev, k, *_):
 
 _route = define(  # last, norms (3, T): of each pair its cosine, 1 / |q_{t-1}| and 1 / |k_t|, for the backward
     "route(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor? candidates, SymInt? max_chunks, "
-    f"bool padded, str backend) -> ({', '.join(['Tensor'] * 9)})",
+    f"bool padded, str backend) -> ({', '.join(['Tensor'] * 10)})",
     lambda *args: kernels(args[-1], "routing").route(*args[:-1]),
     _route_fake,
     _setup_context,
@@ -216,7 +222,7 @@ _route = define(  # last, norms (3, T): of each pair its cosine, 1 / |q_{t-1}| a
 )
 _route_bwd = define(
     "route_bwd(Tensor q, Tensor k, Tensor cu_seqlens, Tensor? logit_bias, Tensor mask, Tensor norms, "
-    "Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, bool bias_grad, str backend) "
+    "Tensor? dprob, Tensor? dselected, Tensor? dprob_sum, Tensor? dentropy_sum, bool bias_grad, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     lambda *args: kernels(args[-1], "routing").route_bwd(*args[:-1]),
     _route_bwd_fake,

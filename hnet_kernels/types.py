@@ -21,6 +21,7 @@ class Routing(NamedTuple):
     cu_chunks: Tensor  # (N+1,) int32, chunks before each sequence: the cu_seqlens of the inner stage
     cu_seqlens: Tensor  # (N+1,) int32, as given to `route`
     prob_sum: Tensor  # (N,) fp32, sum of boundary_prob over each sequence (differentiable; what the ratio loss reads)
+    entropy_sum: Tensor  # (N,) fp32, sum over each sequence of the entropy of boundary_prob in nats (differentiable)
     num_dropped: Tensor  # () int32, boundaries dropped by the budget
 
     @property

@@ -24,7 +24,7 @@ def test_stage(budget):
     got, want = round_trip(s, budget, "cpu"), round_trip(s, budget, "reference")
     for g, w in zip(got, want, strict=True):
         assert_close(g.detach().float(), w.detach().float(), 2e-5)
-    assert (got[10].item() > 0) == (budget == 400)
+    assert (got[11].item() > 0) == (budget == 400)
     with pytest.raises(AssertionError, match="differs in"):
         assert_same(round_trip(other, 1600), round_trip(s, 1600))
     s.take(other)

@@ -37,14 +37,16 @@ int64_t compact(const Compact& a) {
   int64_t t = 0;
   a.cu_chunks[0] = 0;
   for (int64_t n = 0; n < a.N; ++n) {
-    double sum = 0.;
+    double sum = 0., entropy = 0.;
     for (; t < a.cu_seqlens[n + 1]; ++t) {
       count += a.mask[t];
       a.chunk_index[t] = count - 1;
       sum += a.prob[t];
+      entropy += a.entropy[t];
     }
     a.cu_chunks[n + 1] = count;
     a.prob_sum[n] = float(sum);
+    a.entropy_sum[n] = float(entropy);
   }
   for (; t < a.T; ++t) a.chunk_index[t] = count - 1;
   return count;

@@ -25,6 +25,7 @@ struct RouteFwd {
   float *prob, *selected;      // (T,)
   uint8_t* mask;               // (T,)
   float *cos, *inv_q, *inv_k;  // (T,), kept for the backward: cos(q_{t-1}, k_t), 1/|q_{t-1}|, 1/|k_t|
+  float* entropy;              // (T,), of prob in nats, for `compact` to sum
 };
 
 struct RouteBwd {
@@ -34,7 +35,7 @@ struct RouteBwd {
   float bias_scale;
   const uint8_t* mask;
   const float *cos, *inv_q, *inv_k;
-  const float *dprob, *dselected, *dprob_sum;  // (T,) (T,) (N,), each may be null
+  const float *dprob, *dselected, *dprob_sum, *dentropy_sum;  // (T,) (T,) (N,) (N,), each may be null
   Rows dq, dk;
   float* dbias;  // (T,) contribution of each position to d(logit bias), or null
 };
@@ -169,8 +170,8 @@ const Kernels& kernels_avx512();
 const Kernels& kernels();
 
 // Boundary compaction (no vector code in it). `budget` < 0 means no budget. Drops the least probable boundaries
-// past the budget (never the first position of a sequence), then fills chunk_index (T,), cu_chunks (N+1,) and
-// prob_sum (N,). Returns the number of chunks.
+// past the budget (never the first position of a sequence), then fills chunk_index (T,), cu_chunks (N+1,),
+// prob_sum and entropy_sum (N,). Returns the number of chunks.
 struct Compact {
   const int32_t* cu_seqlens;
   int64_t N, T, budget;
@@ -178,7 +179,8 @@ struct Compact {
   uint8_t* mask;
   float* selected;
   int32_t *chunk_index, *cu_chunks;
-  float* prob_sum;
+  const float* entropy;
+  float *prob_sum, *entropy_sum;
   int32_t* num_dropped;
 };
 int64_t compact(const Compact&);

@@ -1,5 +1,6 @@
-// Routing: p_t = (1 - cos(q_{t-1}, k_t)) / 2, its boundary mask and selected probability, and their gradient.
+// Routing: p_t = (1 - cos(q_{t-1}, k_t)) / 2, its boundary mask, selected probability and entropy, and their gradient.
 #include <algorithm>
+#include <cmath>
 
 #include "kernels.h"
 #include "simd.h"
@@ -52,6 +53,26 @@ inline float clamp01(float x) { return x < 0.f ? 0.f : x > 1.f ? 1.f : x; }
 
 inline float biased(float p, float scale) { return scale == 1.f ? p : p * scale / (1.f - p + p * scale); }
 
+constexpr float kTiny = 1e-37f;  // of which a logarithm can be taken
+
+// -p ln p - (1 - p) ln(1 - p). The smaller of p and 1 - p is exact, the larger is not: ln(1 - m) = -2 atanh(m / (2 - m)).
+inline vf entropy(vf p) {
+  vf one = set1(1.f), m = zero() - larger(zero() - p, p - one);
+  return (one - m) * twice_atanh(m / (set1(2.f) - m)) - m * log(larger(set1(kTiny), m));
+}
+
+// out[t - begin] = d entropy / d p = ln((1 - p) / p) of the p that came of cos[t]; 0 where p is 0 or 1
+void log_odds(const float* cos, float scale, int64_t begin, int64_t end, float* out) {
+  const vf one = set1(1.f), tiny = set1(kTiny);
+  float p[kBlock];
+  for (int64_t t = begin; t < end; ++t) p[t - begin] = biased(clamp01((1.f - cos[t]) * 0.5f), scale);
+  for_each_vector(end - begin, [&](int64_t i, int64_t n) {
+    vf x = get(p + i, n);
+    set(out + i, log(larger(tiny, (one - x) / larger(tiny, x))), n);
+  });
+  for (int64_t i = 0; i < end - begin; ++i) out[i] = p[i] > 0.f && p[i] < 1.f ? out[i] : 0.f;
+}
+
 inline void emit(float p, bool candidate, float* prob, uint8_t* mask, float* selected) {
   bool b = p > 0.5f && candidate;
   *prob = p;
@@ -83,13 +104,20 @@ void fwd(const RouteFwd& a, int threads) {
       float p = biased(clamp01((1.f - c.cos) * 0.5f), a.bias_scale);
       emit(p, !a.candidates || a.candidates[t], a.prob + t, a.mask + t, a.selected + t);
     }
+    for_each_vector(std::min(kBlock, a.T - b * kBlock), [&](int64_t i, int64_t n) {
+      i += b * kBlock;
+      set(a.entropy + i, entropy(get(a.prob + i, n)), n);
+    });
   }
-  for_each_first(a.cu_seqlens, a.N, [&](int64_t t) { emit(1.f, true, a.prob + t, a.mask + t, a.selected + t); });
+  for_each_first(a.cu_seqlens, a.N, [&](int64_t t) {
+    emit(1.f, true, a.prob + t, a.mask + t, a.selected + t);
+    a.entropy[t] = 0.f;
+  });
 }
 
-// a[t] = d loss / d cos at t (0 at first positions and where the clamp acts)
-float dcos(const RouteBwd& a, int64_t t, float dsum) {
-  float dp = dsum;
+// d loss / d cos at t (0 where the clamp acts), with what the sums over the sequence give p
+float dcos(const RouteBwd& a, int64_t t, float dsums) {
+  float dp = dsums;
   if (a.dprob) dp += a.dprob[t];
   if (a.dselected) dp += a.mask[t] ? a.dselected[t] : -a.dselected[t];
   float raw = (1.f - a.cos[t]) * 0.5f, p = clamp01(raw);
@@ -133,6 +161,8 @@ void bwd_rows(const RouteBwd& a, int threads) {
   for (int64_t b = 0; b < (a.T + kBlock - 1) / kBlock; ++b) {
     int64_t begin = b * kBlock, end = std::min(a.T, begin + kBlock);
     int64_t n = std::upper_bound(a.cu_seqlens, a.cu_seqlens + a.N + 1, int32_t(begin)) - a.cu_seqlens - 1;
+    float odds[kBlock];
+    if (a.dentropy_sum) log_odds(a.cos, a.bias_scale, begin, end, odds);
     for (int64_t t = begin; t < end; ++t) {
       while (n < a.N && t >= a.cu_seqlens[n + 1]) ++n;
       bool first = t >= valid || t == a.cu_seqlens[n];
@@ -141,7 +171,9 @@ void bwd_rows(const RouteBwd& a, int threads) {
         zero_row<E>(a.dk, t, a.D);
         if (a.dbias) a.dbias[t] = 0.f;
       } else {
-        write_pair<E, Stream>(a, t, dcos(a, t, a.dprob_sum ? a.dprob_sum[n] : 0.f));
+        float dsums = a.dprob_sum ? a.dprob_sum[n] : 0.f;
+        if (a.dentropy_sum) dsums += a.dentropy_sum[n] * odds[t - begin];
+        write_pair<E, Stream>(a, t, dcos(a, t, dsums));
       }
       if (t == a.T - 1) zero_row<E>(a.dq, t, a.D);
     }

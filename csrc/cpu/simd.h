@@ -97,6 +97,10 @@ inline vf clamp(vf x, float lo, float hi) {  // NaN stays NaN: of a NaN and a nu
 inline vf add_exponent(vf x, vf n) {  // x * 2^k, k in the low bits of n
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
 }
+inline vf exponent(vf x) {  // n in x = 2^n f, sqrt(1/2) <= f < sqrt(2)
+  __m512i above = _mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x3f3504f3));
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(above, 23))};
+}
 inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline vf load(const bf16* p) {
@@ -138,6 +142,10 @@ inline vf clamp(vf x, float lo, float hi) {
 }
 inline vf add_exponent(vf x, vf n) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n.v), 23)))};
+}
+inline vf exponent(vf x) {
+  __m256i above = _mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x3f3504f3));
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23))};
 }
 inline float sum(vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -196,6 +204,12 @@ inline float add_exponent(float x, float n) {
   return x;
 }
 inline vf add_exponent(const vf& x, const vf& n) { HNET_LANES(add_exponent(x.v[i], n.v[i])) }
+inline float exponent(float x) {
+  int32_t u;
+  std::memcpy(&u, &x, 4);
+  return float((u - 0x3f3504f3) >> 23);
+}
+inline vf exponent(const vf& x) { HNET_LANES(exponent(x.v[i])) }
 template <class E>
 inline vf load(const E* p) {
   HNET_LANES(to_float(p[i]))
@@ -229,6 +243,19 @@ inline vf exp(vf x) {
     p = fma(p, r, set1(c));
   }
   return add_exponent(p, shifted);
+}
+// 2 atanh(s) = ln((1 + s) / (1 - s)) to 2 ulp for |s| <= 1/3: its series.
+inline vf twice_atanh(vf s) {
+  vf z = s * s, p = set1(1.f / 15);
+  for (float c : {1.f / 13, 1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3}) p = fma(p, z, set1(c));
+  s = s + s;
+  return fma(s * z, p, s);
+}
+// ln x to 3 ulp for x >= 2^-126: x = 2^n f, f = (1 + s) / (1 - s), |s| < 0.18. What is no number may come out as one.
+inline vf log(vf x) {
+  const vf one = set1(1.f), magic = set1(12582912.f);
+  vf n = exponent(x), f = add_exponent(x, magic - n);
+  return fma(n, set1(0.693359375f), fma(n, set1(-2.12194440e-4f), twice_atanh((f - one) / (f + one))));
 }
 inline vf sigmoid(vf x) { return set1(1.f) / (set1(1.f) + exp(zero() - x)); }
 inline vf silu(vf x, vf sigmoid_x) { return larger(set1(-87.f), x) * sigmoid_x; }  // exp stops there, the product must not

@@ -25,7 +25,7 @@ void bind(py::module_& m) {
       "cuda_route_fwd",
       [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, ptr cu, i64 N, i64 T, i64 D, ptr bias, ptr candidates, i64 budget,
          ptr prob, ptr selected, ptr mask, ptr cos, ptr inv_q, ptr inv_k, ptr chunk_index, ptr chunk_start, ptr cu_chunks,
-         ptr prob_sum, ptr num_dropped, ptr scratch, int device, ptr stream) {
+         ptr prob_sum, ptr entropy_sum, ptr num_dropped, ptr scratch, int device, ptr stream) {
         RouteFwd a{};
         a.q = {at<void>(q), q_stride}, a.k = {at<void>(k), k_stride};
         a.cu_seqlens = at<int32_t>(cu), a.N = N, a.T = T, a.D = D;
@@ -33,7 +33,8 @@ void bind(py::module_& m) {
         a.prob = at<float>(prob), a.selected = at<float>(selected), a.mask = at<uint8_t>(mask);
         a.cos = at<float>(cos), a.inv_q = at<float>(inv_q), a.inv_k = at<float>(inv_k);
         a.chunk_index = at<int32_t>(chunk_index), a.chunk_start = at<int32_t>(chunk_start), a.cu_chunks = at<int32_t>(cu_chunks);
-        a.prob_sum = at<float>(prob_sum), a.num_dropped = at<int32_t>(num_dropped), a.scratch = at<int32_t>(scratch);
+        a.prob_sum = at<float>(prob_sum), a.entropy_sum = at<float>(entropy_sum);
+        a.num_dropped = at<int32_t>(num_dropped), a.scratch = at<int32_t>(scratch);
         route_fwd(Dtype(dtype), a, {device, stream});
       },
       release());

@@ -20,10 +20,23 @@ struct Segment {
   int64_t size, begin, end;
 };
 
+struct Totals {  // over positions
+  float prob, entropy;
+};
+
+// -p ln p - (1 - p) ln(1 - p). The smaller of p and 1 - p is exact, and the larger follows from it.
+__device__ inline float entropy(float p) {
+  float m = p < 0.5f ? p : 1.0f - p;
+  return m <= 0.0f ? 0.0f : -fmaf(m, logf(m), (1.0f - m) * log1pf(-m));  // keeps NaN
+}
+
+__device__ inline void add(Totals& sum, Totals x) { sum.prob += x.prob, sum.entropy += x.entropy; }
+__device__ inline void add(Totals& sum, float p) { add(sum, Totals{p, entropy(p)}); }
+
 struct Shared {
   int part[kWarps];
   int first[kWarps], ordinary[kWarps];
-  float head[kWarps], tail[kWarps];
+  Totals head[kWarps], tail[kWarps];
   int histogram[kBins];
   int bin, above;
 };
@@ -32,8 +45,8 @@ struct Shared {
 struct Board {
   int32_t *first, *ordinary;  // boundaries of the segment
   int32_t *kept, *tied;       // of those: above the threshold, equal to it (written only if some are dropped)
-  float* head;                // sum of p over positions of a sequence begun before the segment
-  float* tail;                // ... of one begun in it that goes on after it
+  Totals* head;               // over positions of a sequence begun before the segment
+  Totals* tail;               // ... of one begun in it that goes on after it
   int32_t *high, *low;        // (kBins,) each
 };
 
@@ -49,7 +62,8 @@ __device__ inline Segment my_segment(int64_t T) {
 
 __device__ inline Board board(int32_t* scratch) {
   auto row = [&](int i) { return scratch + i * kMaxBlocks; };
-  return {row(0), row(1), row(2), row(3), reinterpret_cast<float*>(row(4)), reinterpret_cast<float*>(row(5)), row(6), row(6) + kBins};
+  auto totals = [&](int i) { return reinterpret_cast<Totals*>(row(i)); };
+  return {row(0), row(1), row(2), row(3), totals(4), totals(6), row(8), row(8) + kBins};
 }
 
 __device__ inline int64_t grid_thread() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
@@ -146,22 +160,22 @@ __device__ inline void write_edges(const RouteFwd& a, Segment seg, int64_t valid
   }
 }
 
-// Sum of p over each sequence, one warp each: read if it lies in one segment, else put together from the blocks' parts.
+// Totals of each sequence, one warp each: of what it reads if it lies in one segment, else of the blocks' parts.
 __device__ inline void write_sums(const RouteFwd& a, Segment seg, Board all) {
   for (int64_t n = grid_thread() / 32; n < a.N; n += grid_threads() / 32) {
     const int64_t begin = a.cu_seqlens[n], end = a.cu_seqlens[n + 1];
-    float sum = 0.0f;
+    Totals sum{0.0f, 0.0f};
     if (begin >= 0 && begin < end && end <= a.T) {
       const int64_t b = begin / seg.size;
       if (end <= (b + 1) * seg.size) {
-        for (int64_t t = begin + lane(); t < end; t += 32) sum += a.prob[t];
+        for (int64_t t = begin + lane(); t < end; t += 32) add(sum, a.prob[t]);
       } else {
         if (lane() == 0) sum = all.tail[b];
-        for (int64_t i = b + 1 + lane(); i <= (end - 1) / seg.size; i += 32) sum += all.head[i];
+        for (int64_t i = b + 1 + lane(); i <= (end - 1) / seg.size; i += 32) add(sum, all.head[i]);
       }
     }
-    sum = warp_sum(sum);
-    if (lane() == 0) a.prob_sum[n] = sum;
+    sum = {warp_sum(sum.prob), warp_sum(sum.entropy)};
+    if (lane() == 0) a.prob_sum[n] = sum.prob, a.entropy_sum[n] = sum.entropy;
   }
 }
 

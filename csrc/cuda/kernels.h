@@ -24,7 +24,7 @@ struct RouteFwd {
   uint8_t* mask;              // (T,)
   float *cos, *inv_q, *inv_k;  // (T,), kept for the backward
   int32_t *chunk_index, *chunk_start, *cu_chunks;  // (T,), (budget or T,), (N+1,)
-  float* prob_sum;                                 // (N,)
+  float *prob_sum, *entropy_sum;                   // (N,)
   int32_t* num_dropped;                            // ()
   int32_t* scratch;                                // kScratch numbers, contents irrelevant
   bool vector;                                     // rows can be read 16 bytes at a time; set by route_fwd
@@ -54,7 +54,7 @@ struct DechunkStep {
 
 constexpr int kMaxBlocks = 1024;  // of route_fwd
 constexpr int kBins = 4096;       // of one of the two histograms that find the budget's threshold
-constexpr int kScratch = 6 * kMaxBlocks + 2 * kBins;
+constexpr int kScratch = 8 * kMaxBlocks + 2 * kBins;
 
 void route_fwd(Dtype, RouteFwd, Where);
 void route_step(Dtype, RouteStep, Where);

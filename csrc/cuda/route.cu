@@ -72,7 +72,7 @@ __device__ Probability probability(const T* q, const T* k, int64_t D, bool vecto
 template <class T>
 __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared& sh) {
   int first = 0, ordinary = 0;
-  float head = 0.0f, tail = 0.0f;
+  Totals head{0.0f, 0.0f}, tail{0.0f, 0.0f};
   int64_t n = 0, seq_begin = -1, seq_end = seg.begin;  // the sequence at hand; -1: padding after the last
   for (int64_t t = seg.begin + warp(); t < seg.end; t += kWarps) {
     if (t >= seq_end) {
@@ -92,9 +92,9 @@ __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared&
     first += code == kFirst;
     ordinary += code == kOrdinary;
     if (seq_begin < seg.begin) {
-      head += r.p;
+      add(head, r.p);
     } else if (seq_end > seg.end) {
-      tail += r.p;
+      add(tail, r.p);
     }
     if (lane() == 0) {
       a.prob[t] = r.p;
@@ -112,7 +112,7 @@ __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared&
   if (threadIdx.x == 0) {
     for (int w = 1; w < kWarps; ++w) {
       first += sh.first[w], ordinary += sh.ordinary[w];
-      head += sh.head[w], tail += sh.tail[w];
+      add(head, sh.head[w]), add(tail, sh.tail[w]);
     }
     const int me = blockIdx.x;
     all.first[me] = first, all.ordinary[me] = ordinary;

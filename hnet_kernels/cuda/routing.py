@@ -14,18 +14,18 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     i32 = torch.int32
     prob, selected, norms = empty(q, T), empty(q, T), empty(q, 3, T)
-    mask, prob_sum = empty(q, T, dtype=torch.bool), empty(q, N)
+    mask, prob_sum, entropy_sum = empty(q, T, dtype=torch.bool), empty(q, N), empty(q, N)
     chunk_index, cu_chunks, num_dropped = empty(q, T, dtype=i32), empty(q, N + 1, dtype=i32), empty(q, dtype=i32)
     chunk_start = empty(q, T if max_chunks is None else max_chunks, dtype=i32)
     scratch = empty(q, extension().cuda_scratch, dtype=i32)
     call(
         "cuda_route_fwd", q, q.dtype, Rows(q), Rows(k), cu_seqlens, N, T, D, logit_bias, candidates,
         -1 if max_chunks is None else max_chunks,
-        prob, selected, mask, *norms, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, scratch,
+        prob, selected, mask, *norms, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped, scratch,
     )  # fmt: skip
     if max_chunks is None:
         chunk_start = chunk_start[: int(cu_chunks[-1])]  # the one wait for the device
-    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, norms
+    return prob, mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped, norms
 
 
 def route_bwd(*args):

@@ -200,7 +200,7 @@ def _routing(boundary: Tensor, count: Tensor, start: Tensor, cu_chunks: Tensor, 
     """What pool and dechunk read of a Routing. The confidence gets no gradient: their HNet applies it outside."""
     none = p.new_empty(0)
     index = (count - 1).clamp(0, max(start.shape[0] - 1, 0))
-    return Routing(p, boundary, p.detach(), index, start, cu_chunks, cu, none, none)
+    return Routing(p, boundary, p.detach(), index, start, cu_chunks, cu, none, none, none)
 
 
 def _pack(x: Tensor, cu_chunks: Tensor) -> Tensor:
@@ -385,6 +385,7 @@ def _loss(boundary_prob: Tensor, boundary_mask: Tensor, N: float) -> Tensor:
             cu_chunks=F.pad(count, (1, 0)),
             cu_seqlens=_every(p.numel(), 1, p),
             prob_sum=p.sum().view(1),
+            entropy_sum=none,
             num_dropped=none,
         ),
         N,

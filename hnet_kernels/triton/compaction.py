@@ -4,8 +4,8 @@
    positions leave a histogram of the upper 12 bits of p above one half, then one of the lower 11 bits among those that
    have the upper ones of the threshold. They only look if there are too many boundaries.
 2. `_compact_kernel` turns codes into mask, selected probability and chunk layout; other programs of it sum the
-   probabilities of a sequence. A block finds its offset by adding up the counts of the blocks before it, so no block
-   waits for another.
+   probabilities of a sequence and their entropies. A block finds its offset by adding up the counts of the blocks
+   before it, so no block waits for another.
 """
 
 from __future__ import annotations
@@ -16,11 +16,27 @@ import triton.language as tl
 
 from .common import Kernel, cdiv, empty, jit, search_steps
 
-ROUTE_BLOCK = 8  # positions whose boundaries and probabilities `_route_fwd_kernel` has added up
+ROUTE_BLOCK = 8  # positions whose boundaries, probabilities and entropies `_route_fwd_kernel` has added up
 COMPACT_BLOCK = 2048
 SELECT_BLOCK = 8192  # positions of a histogram, a multiple of COMPACT_BLOCK
 ORDINARY, FIRST = tl.constexpr(1), tl.constexpr(2)  # codes: 0 is no boundary
 HALF = tl.constexpr(0x3F000000)  # bits of 0.5: boundaries have 1 .. 2^23 above it
+
+
+@triton.jit
+def entropy(p):
+    """-p ln p - (1 - p) ln(1 - p). The smaller of p and 1 - p is exact; ln(1 - m) = -2 atanh(m / (2 - m)), its series,
+    as tl.log is not made for numbers near 1."""
+    m = tl.where(p < 0.5, p, 1.0 - p)  # keeps NaN
+    s = tl.div_rn(m, 2.0 - m)
+    z = s * s
+    series = z * (1 / 15) + 1 / 13
+    series = z * series + 1 / 11
+    series = z * series + 1 / 9
+    series = z * series + 1 / 7
+    series = z * series + 1 / 5
+    series = z * series + 1 / 3
+    return (1.0 - m) * (2.0 * s) * (1.0 + z * series) - m * tl.log(tl.maximum(m, 1e-37))
 
 
 @triton.jit
@@ -144,7 +160,7 @@ def _edges_before(cu_seqlens, t, N, steps):
 @jit
 def _compact_kernel(
     prob, code, cu_seqlens, block_count, block_sum, lower, sure, selection,
-    mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped,
+    mask_out, selected_out, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped,
     T, N, steps, num_blocks, budget,
     HAS_BUDGET: tl.constexpr, HAS_SELECTION: tl.constexpr, ROUTE_BLOCK: tl.constexpr, LOWER: tl.constexpr,
     SELECT: tl.constexpr, BLOCK: tl.constexpr,
@@ -210,14 +226,18 @@ def _compact_kernel(
         # whole blocks by their sums, the ragged ends position by position
         first_block = tl.cdiv(edge, ROUTE_BLOCK)
         last_block = tl.maximum(end // ROUTE_BLOCK, first_block)
-        acc = tl.zeros((BLOCK,), tl.float32)
+        p = tl.zeros((BLOCK,), tl.float32)
+        h = tl.zeros((BLOCK,), tl.float32)
         for i in range(first_block, last_block, BLOCK):
-            acc += tl.load(block_sum + i + lanes, mask=i + lanes < last_block, other=0.0)
-        head = edge + lanes
-        acc += tl.load(prob + head, mask=head < tl.minimum(first_block * ROUTE_BLOCK, end), other=0.0)
-        tail = last_block * ROUTE_BLOCK + lanes
-        acc += tl.load(prob + tail, mask=tail < end, other=0.0)
-        tl.store(prob_sum + n, tl.sum(acc))
+            whole = i + lanes < last_block
+            p += tl.load(block_sum + i + lanes, mask=whole, other=0.0)
+            h += tl.load(block_sum + num_blocks + i + lanes, mask=whole, other=0.0)
+        few = tl.arange(0, ROUTE_BLOCK)
+        head = tl.load(prob + edge + few, mask=edge + few < tl.minimum(first_block * ROUTE_BLOCK, end), other=0.0)
+        tail = last_block * ROUTE_BLOCK + few
+        tail = tl.load(prob + tail, mask=tail < end, other=0.0)
+        tl.store(prob_sum + n, tl.sum(p) + tl.sum(head + tail))
+        tl.store(entropy_sum + n, tl.sum(h) + tl.sum(entropy(head) + entropy(tail)))
 
 
 # --- launches -----------------------------------------------------------------------------------------------------
@@ -250,8 +270,8 @@ COMPACT = Kernel(
     {
         "prob": "*fp32", "code": "*i8", "cu_seqlens": "*i32", "block_count": "*i32", "block_sum": "*fp32",
         "lower": "*i32", "sure": "*i32", "selection": "*i32", "mask_out": "*u8", "selected_out": "*fp32",
-        "chunk_index": "*i32", "chunk_start": "*i32", "cu_chunks": "*i32", "prob_sum": "*fp32", "num_dropped": "*i32",
-        "T": "i32", "N": "i32", "steps": "i32", "num_blocks": "i32", "budget": "i32",
+        "chunk_index": "*i32", "chunk_start": "*i32", "cu_chunks": "*i32", "prob_sum": "*fp32", "entropy_sum": "*fp32",
+        "num_dropped": "*i32", "T": "i32", "N": "i32", "steps": "i32", "num_blocks": "i32", "budget": "i32",
     },
     lambda D, dtype, gpu: (
         {
@@ -265,11 +285,12 @@ KERNELS = {"route_upper_digits": UPPER_DIGITS, "route_lower_digits": LOWER_DIGIT
 
 
 def compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks):
-    """mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, as `route` has them."""
+    """mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped, as `route` has them."""
     T, N, blocks = prob.shape[0], cu_seqlens.shape[0] - 1, block_count.shape[0]
     i32 = torch.int32
     mask, selected, num_dropped = empty(prob, T, dtype=torch.bool), empty(prob, T), empty(prob, dtype=i32)
-    chunk_index, cu_chunks, prob_sum = empty(prob, T, dtype=i32), empty(prob, N + 1, dtype=i32), empty(prob, N)
+    chunk_index, cu_chunks = empty(prob, T, dtype=i32), empty(prob, N + 1, dtype=i32)
+    prob_sum, entropy_sum = empty(prob, N), empty(prob, N)
     chunk_start = empty(prob, T if max_chunks is None else max_chunks, dtype=i32)
     lower = sure = selection = None
     if max_chunks is not None and max_chunks < T:
@@ -284,9 +305,10 @@ def compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks):
     grid = max(cdiv(max(T, max_chunks or 0), COMPACT_BLOCK), 1) + N
     COMPACT.launch(
         (grid,), prob, 1, prob, code, cu_seqlens, block_count, block_sum, lower, sure, selection, mask, selected,
-        chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped, T, N, search_steps(N), blocks, max_chunks or 0,
+        chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped,
+        T, N, search_steps(N), blocks, max_chunks or 0,
         HAS_BUDGET=max_chunks is not None, HAS_SELECTION=selection is not None,
     )  # fmt: skip
     if max_chunks is None:
         chunk_start = chunk_start[: int(cu_chunks[-1])]  # the one wait for the device
-    return mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, num_dropped
+    return mask, selected, chunk_index, chunk_start, cu_chunks, prob_sum, entropy_sum, num_dropped

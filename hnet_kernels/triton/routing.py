@@ -1,8 +1,8 @@
 """Routing on a GPU.
 
 `_route_fwd_kernel` reads q and k once: probability, boundary code, the numbers the backward needs, and the number of
-boundaries and sum of probabilities of each block of ROUTE_BLOCK positions. `compaction` turns codes into mask, selected
-probability and chunk layout, within the budget if there is one.
+boundaries and the sums of probabilities and of their entropies of each block of ROUTE_BLOCK positions. `compaction`
+turns codes into mask, selected probability and chunk layout, within the budget if there is one.
 
 Nothing is read back by the host unless chunk_start must have exactly as many rows as there are chunks.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from hnet_kernels.validation import MAX_LOGIT_BIAS
 
 from .common import Kernel, block_columns, cdiv, dense, empty, jit, rows, search_steps, sequence_of, stride
-from .compaction import FIRST, ORDINARY, ROUTE_BLOCK, compact
+from .compaction import FIRST, ORDINARY, ROUTE_BLOCK, compact, entropy
 
 MAX_BIAS = tl.constexpr(MAX_LOGIT_BIAS)
 
@@ -27,6 +27,21 @@ def _scale(bias):
 
 
 @triton.jit
+def _moved(p, bias, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        scale = _scale(bias)
+        p = tl.div_rn(p * scale, 1.0 - p + p * scale)
+    return p
+
+
+@triton.jit
+def _log_odds(p):
+    """The entropy's derivative, ln((1 - p) / p); 0 where p is 0 or 1"""
+    odds = (1.0 - p) / tl.maximum(p, 1e-37)
+    return tl.where((p <= 0.0) | (p >= 1.0), 0.0, tl.log(tl.maximum(odds, 1e-37)))
+
+
+@triton.jit
 def _probability(q_sum, k_sum, dot, bias, HAS_BIAS: tl.constexpr):
     """p, cos and the inverse norms, from three row sums. Rounded as in IEEE 754; Triton's sqrt and / are not."""
     inv_q = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(q_sum), 1e-12))
@@ -34,10 +49,7 @@ def _probability(q_sum, k_sum, dot, bias, HAS_BIAS: tl.constexpr):
     cos = dot * inv_q * inv_k
     p = (1.0 - cos) * 0.5
     p = tl.where(p < 0.0, 0.0, tl.where(p > 1.0, 1.0, p))  # keeps NaN
-    if HAS_BIAS:
-        scale = _scale(bias)
-        p = tl.div_rn(p * scale, 1.0 - p + p * scale)
-    return p, cos, inv_q, inv_k
+    return _moved(p, bias, HAS_BIAS), cos, inv_q, inv_k
 
 
 @triton.jit
@@ -74,6 +86,7 @@ def _route_fwd_kernel(
     qq, kk, qk = _row_sums(q, k, (row - 1) * q_stride, row * k_stride, pair, D, BLOCK, BLOCK_D)
     p, cos, inv_q, inv_k = _probability(qq, kk, qk, bias, HAS_BIAS)
     p = tl.where(first, 1.0, tl.where(pair, p, 0.0))
+    tl.store(block_sum + tl.num_programs(0) + pid, tl.sum(entropy(p)))
     boundary = pair & (p > 0.5)
     if HAS_CANDIDATES:
         boundary = boundary & (tl.load(candidates + t, mask=on, other=0) != 0)
@@ -89,10 +102,11 @@ def _route_fwd_kernel(
 
 @jit
 def _route_bwd_kernel(
-    q, k, cu_seqlens, bias, mask, norms, dprob, dselected, dprob_sum, dq, dk, dbias,
+    q, k, cu_seqlens, bias, mask, norms, dprob, dselected, dprob_sum, dentropy_sum, dq, dk, dbias,
     T, N, steps, q_stride, k_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DPROB: tl.constexpr, HAS_DSELECTED: tl.constexpr,
-    HAS_DSUM: tl.constexpr, HAS_DBIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DSUM: tl.constexpr, HAS_DENTROPY: tl.constexpr, HAS_DBIAS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pair t writes dq_{t-1} and dk_t; t runs to T, whose pair closes dq."""
     pid = tl.program_id(0)
@@ -112,9 +126,11 @@ def _route_bwd_kernel(
     inv_q = tl.load(norms + T + t, mask=pair, other=0.0)  # the address moves first: 3 T may pass 2^31
     inv_k = tl.load(norms + T + T + t, mask=pair, other=0.0)
     raw = (1.0 - cos) * 0.5
+    p = tl.where(raw < 0.0, 0.0, tl.where(raw > 1.0, 1.0, raw))
+    if HAS_DENTROPY:
+        g += tl.load(dentropy_sum + seq, mask=pair, other=0.0) * _log_odds(_moved(p, bias, HAS_BIAS))
     if HAS_BIAS:
         scale = _scale(bias)
-        p = tl.where(raw < 0.0, 0.0, tl.where(raw > 1.0, 1.0, raw))
         slope = scale / ((1.0 - p + p * scale) * (1.0 - p + p * scale))
         if HAS_DBIAS:
             tl.store(dbias + pid, tl.sum(tl.where(pair, g * p * (1.0 - p) * slope, 0.0)))
@@ -186,12 +202,14 @@ ROUTE_BWD = Kernel(
     _route_bwd_kernel,
     {
         "q": "*T", "k": "*T", "cu_seqlens": "*i32", "bias": "*fp32", "mask": "*u8", "norms": "*fp32",
-        "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32",
+        "dprob": "*fp32", "dselected": "*fp32", "dprob_sum": "*fp32", "dentropy_sum": "*fp32",
         "dq": "*T", "dk": "*T", "dbias": "*fp32", "T": "i32", "N": "i32", "steps": "i32", "q_stride": "i32",
         "k_stride": "i32",
     },
     # 256 columns spill 8 bytes on sm_90 where they are all there are
-    _row_plan(128, HAS_BIAS=False, HAS_DBIAS=False, HAS_DPROB=True, HAS_DSELECTED=True, HAS_DSUM=True),
+    _row_plan(
+        128, HAS_BIAS=False, HAS_DBIAS=False, HAS_DPROB=True, HAS_DSELECTED=True, HAS_DSUM=True, HAS_DENTROPY=True
+    ),
 )  # fmt: skip
 ROUTE_STEP = Kernel(
     _route_step_kernel,
@@ -214,7 +232,7 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     cu_seqlens, candidates = dense(cu_seqlens, candidates)
     prob, norms, code = empty(q, T), empty(q, 3, T), empty(q, T, dtype=torch.int8)
     blocks = cdiv(T, ROUTE_BLOCK)
-    block_count, block_sum = empty(q, blocks, dtype=torch.int32), empty(q, blocks)
+    block_count, block_sum = empty(q, blocks, dtype=torch.int32), empty(q, 2, blocks)
     ROUTE_FWD.launch(
         (blocks,), q, D, q, k, cu_seqlens, candidates, logit_bias, prob, norms, code, block_count, block_sum,
         T, N, search_steps(N), stride(q), stride(k),
@@ -223,18 +241,19 @@ def route(q, k, cu_seqlens, logit_bias, candidates, max_chunks, padded):
     return prob, *compact(prob, code, cu_seqlens, block_count, block_sum, max_chunks), norms
 
 
-def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, bias_grad):
+def route_bwd(q, k, cu_seqlens, logit_bias, mask, norms, dprob, dselected, dprob_sum, dentropy_sum, bias_grad):
     (T, D), N = q.shape, cu_seqlens.shape[0] - 1
     q, k = rows(q), rows(k)
     cu_seqlens, mask, norms = dense(cu_seqlens, mask, norms)
     dq, dk = empty(q, T, D, dtype=q.dtype), empty(q, T, D, dtype=q.dtype)
     blocks = cdiv(T + 1, ROUTE_BLOCK) if T else 0
     dbias = empty(q, blocks) if bias_grad else None
-    grads = dense(dprob, dselected, dprob_sum)
+    grads = dense(dprob, dselected, dprob_sum, dentropy_sum)
     ROUTE_BWD.launch(
         (blocks,), q, D, q, k, cu_seqlens, logit_bias, mask, norms, *grads, dq, dk, dbias,
         T, N, search_steps(N), stride(q), stride(k), HAS_BIAS=logit_bias is not None, HAS_DBIAS=bias_grad,
         HAS_DPROB=dprob is not None, HAS_DSELECTED=dselected is not None, HAS_DSUM=dprob_sum is not None,
+        HAS_DENTROPY=dentropy_sum is not None,
     )  # fmt: skip
     return dq, dk, empty(q, 0) if dbias is None else dbias.sum()
 

@@ -20,7 +20,7 @@ def ema(s):
 
 def route(s, **kw):
     r = hk.route(s.q, s.k, s.cu, max_chunks=1600, **kw)
-    return r.boundary_prob, r.selected_prob, r.prob_sum, hk.ratio_loss(r, 3.0)
+    return r.boundary_prob, r.selected_prob, r.prob_sum, r.entropy_sum, hk.ratio_loss(r, 3.0)
 
 
 def exact_route(s):

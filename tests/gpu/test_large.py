@@ -54,6 +54,7 @@ def check_route(q, k, r, cu):
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
     assert torch.equal(r.cu_chunks.long(), before[cu.long()])
     close(r.prob_sum.double().sum(), r.boundary_prob.double().sum().cpu(), 1e-6)
+    close(r.entropy_sum.double().sum(), reference.entropy(r.boundary_prob.double()).sum().cpu(), 1e-6)
     g = torch.Generator(q.device).manual_seed(1)
     dprob, dselected = (torch.rand(T, generator=g, device=q.device) - 0.5 for _ in range(2))
     dq, dk = torch.autograd.grad((r.boundary_prob, r.selected_prob), (q, k), (dprob, dselected))
@@ -106,7 +107,7 @@ def check_ema(z, p, dy, cu):
     dz, dp = torch.autograd.grad(y, (z, p), dy)
     every = torch.ones_like(p, dtype=torch.bool)
     positions = torch.arange(len(p), dtype=torch.int32, device=p.device)
-    r = hk.Routing(p.detach(), every, p.detach(), positions, positions, cu, cu, p.detach()[:1], cu[0])
+    r = hk.Routing(p.detach(), every, p.detach(), positions, positions, cu, cu, p.detach()[:1], p.detach()[:1], cu[0])
     for w in windows(r, PLACES):
         zs, ps = w.cut(z), w.cut(p)
         want, _ = reference.ema(zs, ps, w.r.cu_seqlens)

@@ -50,7 +50,7 @@ def window(r: Routing, c0: int, m0: int, m1: int, c1: int, M: int, T: int) -> Wi
     prob, selected = (x.detach()[a:b].cpu().double().requires_grad_() for x in (r.boundary_prob, r.selected_prob))
     sub = Routing(
         prob, r.boundary_mask[a:b].cpu(), selected, index, starts, cu_chunks, cu, prob.new_zeros(len(cu) - 1),
-        torch.tensor(0, dtype=torch.int32),
+        prob.new_zeros(len(cu) - 1), torch.tensor(0, dtype=torch.int32),
     )  # fmt: skip
     return Window(
         slice(a, b), slice(c0, c1), slice(start(m0) - a, start(m1) - a), slice(m0 - c0, m1 - c0), sub

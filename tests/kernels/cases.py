@@ -65,7 +65,10 @@ def routing_with(pattern: str, lengths: list[int], max_chunks: int | None = None
     x = torch.stack([turn.cos(), turn.sin()], 1)
     r = oracle.route(x, x, cu, max_chunks=max_chunks)
     return r._replace(
-        boundary_prob=r.boundary_prob.float(), selected_prob=r.selected_prob.float(), prob_sum=r.prob_sum.float()
+        boundary_prob=r.boundary_prob.float(),
+        selected_prob=r.selected_prob.float(),
+        prob_sum=r.prob_sum.float(),
+        entropy_sum=r.entropy_sum.float(),
     )
 
 

@@ -16,6 +16,13 @@ def spans(cu: Tensor) -> list[tuple[int, int]]:
     return list(zip(c[:-1], c[1:], strict=True))
 
 
+def entropy_sum(prob, cu) -> Tensor:
+    """By sequence, in nats"""
+    each = [p * 0 if p in (0, 1) else -p * p.log() - (1 - p) * (1 - p).log() for p in prob.double()]
+    sums = [sum(each[s:e], torch.zeros((), dtype=torch.float64)) for s, e in spans(cu)]
+    return torch.stack(sums) if sums else prob[:0].double()
+
+
 def route(q, k, cu, logit_bias=None, candidates=None, max_chunks=None) -> Routing:
     T = q.shape[0]
     q, k = q.double(), k.double()
@@ -56,8 +63,9 @@ def route(q, k, cu, logit_bias=None, candidates=None, max_chunks=None) -> Routin
         return torch.tensor(x, dtype=torch.int32)
 
     mask = torch.tensor(mask, dtype=torch.bool)
+    sums = prob_sum, entropy_sum(prob, cu)
     return Routing(
-        prob, mask, selected, i32(index), i32(chunk_start), i32(cu_chunks), cu, prob_sum, i32(dropped)
+        prob, mask, selected, i32(index), i32(chunk_start), i32(cu_chunks), cu, *sums, i32(dropped)
     )  # fmt: skip
 
 

@@ -11,6 +11,10 @@ import hnet_kernels as hk
 from hnet_kernels import dispatch, reference
 
 from .cases import LONG, PACKS, assert_close, cu_of, qk_with_rate, rand
+from .test_entropy import (  # noqa: F401
+    test_certain_positions_have_none_and_no_gradient,
+    test_is_exact_however_sure_the_router_is,
+)
 from .test_route import (  # noqa: F401
     DTYPES,
     test_budget,
@@ -64,8 +68,9 @@ def check_layout(r: hk.Routing, candidates=None):
     before = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
     assert torch.equal(r.cu_chunks, before[r.cu_seqlens.long()].int())
     assert int(r.num_dropped) == int(wanted.sum()) - chunks
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), p.double().cumsum(0)])[r.cu_seqlens.long()].diff()
-    assert_close(r.prob_sum, sums, 1e-6, "prob_sum")
+    for name, each in (("prob_sum", p.double()), ("entropy_sum", reference.entropy(p.double()))):
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), each.cumsum(0)])[r.cu_seqlens.long()].diff()
+        assert_close(getattr(r, name), sums, 1e-6, name)
 
 
 def same(a: hk.Routing, b: hk.Routing) -> bool:
@@ -96,7 +101,8 @@ def test_any_number_of_blocks_and_sequences(on_emulator, seed):
             check_layout(r, candidates)
             results.append(r)
         for r in results[1:]:
-            assert same(r._replace(prob_sum=results[0].prob_sum), results[0])
+            rounded = {name: getattr(results[0], name) for name in ("prob_sum", "entropy_sum")}
+            assert same(r._replace(**rounded), results[0])
         assert same(results[-1], results[-2])
     r = hk.route(q, k, cu, candidates=candidates, padded=True, backend="cuda")
     assert r.chunk_start.shape[0] == int(r.num_chunks)
@@ -111,7 +117,7 @@ def test_no_positions(on, lengths):
         r = hk.route(q, q, cu_of(lengths, device), max_chunks=budget, backend=backend)
         assert r.chunk_start.tolist() == [0] * (budget or 0)
         assert r.cu_chunks.tolist() == [0] * (len(lengths) + 1)
-        assert r.prob_sum.tolist() == [0] * len(lengths)
+        assert r.prob_sum.tolist() == r.entropy_sum.tolist() == [0] * len(lengths)
         assert r.num_dropped.item() == 0
     assert hk.route_step(q, q, backend=backend)[0].shape == (0,)
     assert hk.dechunk_step(q, torch.zeros(0, device=device), q.new_zeros(0, dtype=torch.bool), q, backend=backend)[

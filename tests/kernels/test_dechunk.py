@@ -218,6 +218,7 @@ def test_split_equals_whole(on):
             torch.tensor([0, m1 - m0], dtype=torch.int32, device=device),
             torch.tensor([0, length], dtype=torch.int32, device=device),
             r.prob_sum[n : n + 1],
+            r.entropy_sum[n : n + 1],
             r.num_dropped,
         )
         rows, chunks = slice(t0, t0 + length), slice(m0, m1)

@@ -341,8 +341,13 @@ def test_route_agrees(sizes, dtype, seed, bias, chosen, room, padding):
     for name in ("chunk_index", "chunk_start", "cu_chunks", "num_dropped"):
         assert torch.equal(getattr(r, name), getattr(exact, name)), name
     assert_close(r.prob_sum, exact.prob_sum, 1e-5 if N else 0, "prob_sum")
+    entropies = torch.nn.functional.pad(reference.entropy(r.boundary_prob.double()).cumsum(0), (1, 0))
+    assert_close(r.entropy_sum, entropies[r.cu_seqlens.long()].diff(), 1e-6 if N else 0, "entropy_sum")
+    mild = bias in (None, 0.0, 0.1, -0.1)
     if abs(bias or 0) < 20:  # beyond that the derivative by p is larger than an fp32 number of p can tell
-        check(lambda *a: f(*a)[:3:2], [q, k], D * 30 if bias in (None, 0.0, 0.1, -0.1) else D * 1e8, 3)
+        check(lambda *a: f(*a)[:3:2], [q, k], D * 30 if mild else D * 1e8, 3)
+    if mild:
+        check(lambda *a: [f(*a).entropy_sum], [q, k], D * 30, 3)
 
 
 @drawn(60)

@@ -23,6 +23,10 @@ def check(r, want, tol=2e-6):
     for name in ("boundary_prob", "selected_prob", "prob_sum"):
         assert_close(getattr(r, name).cpu(), getattr(want, name), tol, name)
         assert getattr(r, name).dtype == torch.float32
+    # of its own p: where that is 0 or 1 the entropy rises infinitely fast
+    assert_close(
+        r.entropy_sum.cpu(), oracle.entropy_sum(r.boundary_prob.detach().cpu(), want.cu_seqlens), tol, "entropy_sum"
+    )
     assert int(r.num_chunks) == int(want.num_chunks)
 
 
@@ -147,13 +151,9 @@ def test_padded_rows_are_ignored(on):
 def gradients(route, q, k, bias, cu, **kw):
     q, k, bias = leaf(q), leaf(k), leaf(bias)
     r = route(q, k, cu, logit_bias=bias, **kw)
-    weights = [
-        rand(*x.shape, seed=i).to(x.device, torch.float64)
-        for i, x in enumerate((r.boundary_prob, r.selected_prob, r.prob_sum))
-    ]
-    loss = sum(
-        (w * x.double()).sum() for w, x in zip(weights, (r.boundary_prob, r.selected_prob, r.prob_sum), strict=True)
-    )
+    outs = r.boundary_prob, r.selected_prob, r.prob_sum, r.entropy_sum
+    weights = [rand(*x.shape, seed=i).to(x.device, torch.float64) for i, x in enumerate(outs)]
+    loss = sum((w * x.double()).sum() for w, x in zip(weights, outs, strict=True))
     if not loss.requires_grad:  # a lone first position: p = 1 is a constant
         return tuple(torch.zeros_like(x) for x in (q, k, bias))
     grads = torch.autograd.grad(loss, (q, k, bias), allow_unused=True)
@@ -217,17 +217,18 @@ def test_what_is_not_finite_stays_in_its_sequence(native, bias):
     """NaN and infinite rows and gradients at positions 38 to 187: the other sequences get the same bits as without."""
     backend, device = native
     q, k = (x.to(device) for x in qk_with_rate(254, 33, 0.3))
-    grads = [rand(254, seed=1).to(device), rand(254, seed=2).to(device), rand(7, seed=3).to(device)]
+    grads = [rand(254, seed=1).to(device), rand(254, seed=2).to(device), *(rand(7, seed=3).to(device) for _ in "pH")]
 
     def results():
         a, b = leaf(q), leaf(k)
         r = hk.route(a, b, cu_of(PACKS["ragged"], device), logit_bias=bias, backend=backend)
-        outs = r.boundary_prob, r.selected_prob, r.prob_sum
+        outs = r.boundary_prob, r.selected_prob, r.prob_sum, r.entropy_sum
         return r, torch.autograd.grad(outs, (a, b), grads)
 
     clean, dclean = results()
     q[38], q[150, 3], k[187, 5], k[60] = float("nan"), float("inf"), float("-inf"), float("nan")
     grads[0][100], grads[1][110], grads[2][3] = float("inf"), float("nan"), float("nan")
+    grads[3][3] = float("-inf")
     dirty, ddirty = results()
     by_position = clean.boundary_prob, clean.boundary_mask, clean.selected_prob, *dclean
     for a, b in zip(by_position, (dirty.boundary_prob, dirty.boundary_mask, dirty.selected_prob, *ddirty), strict=True):
@@ -235,8 +236,10 @@ def test_what_is_not_finite_stays_in_its_sequence(native, bias):
         assert torch.equal(a[188:], b[188:])
         assert b.dtype == torch.bool or not b[38:188].isfinite().all()
     assert torch.equal(clean.cu_chunks.diff()[[0, 1, 2, 4, 5, 6]], dirty.cu_chunks.diff()[[0, 1, 2, 4, 5, 6]])
-    assert torch.equal(clean.prob_sum[[0, 1, 2, 4, 5, 6]], dirty.prob_sum[[0, 1, 2, 4, 5, 6]])
-    assert dirty.prob_sum[3].isnan()
+    for name in ("prob_sum", "entropy_sum"):
+        a, b = getattr(clean, name), getattr(dirty, name)
+        assert torch.equal(a[[0, 1, 2, 4, 5, 6]], b[[0, 1, 2, 4, 5, 6]])
+        assert b[3].isnan()
 
 
 def test_gradcheck_reference():
@@ -246,7 +249,7 @@ def test_gradcheck_reference():
 
     def f(q, k, bias):
         r = hk.route(q, k, cu, logit_bias=bias, backend="reference")
-        return r.boundary_prob, r.selected_prob, r.prob_sum
+        return r.boundary_prob, r.selected_prob, r.prob_sum, r.entropy_sum
 
     assert torch.autograd.gradcheck(f, (leaf(q), leaf(k), leaf(bias)))
 

@@ -79,13 +79,14 @@ def route_case(device, backend, **options):
             r.boundary_prob,
             r.selected_prob,
             r.prob_sum,
+            r.entropy_sum,
             r.boundary_mask,
             r.chunk_index,
             r.chunk_start,
             r.cu_chunks,
         ]
 
-    return call, args, [rand(T, seed=1), rand(T, seed=2), rand(N, seed=3), None, None, None, None]
+    return call, args, [rand(T, seed=1), rand(T, seed=2), rand(N, seed=3), rand(N, seed=4), None, None, None, None]
 
 
 def pool_case(device, backend, mode):

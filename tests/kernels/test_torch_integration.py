@@ -66,7 +66,7 @@ def round_trip(q, k, x, residual, cu, budget, backend):
         r = hk.route(q, k, cu, max_chunks=budget)
         z = hk.pool(x, r)
         out = hk.dechunk(z * 2, r, residual)
-        loss = out.float().square().mean() + hk.ratio_loss(r, 3.0)
+        loss = out.float().square().mean() + hk.ratio_loss(r, 3.0) + r.entropy_sum.sum() / q.shape[0]
     return loss, out, r.chunk_start
 
 
@@ -152,6 +152,7 @@ def all_results(on, threads):
             outs = [hk.dechunk(hk.pool(x, r, mode), r, residual) for mode in ("boundary", "mean", "max", "last")]
             y, final = hk.ema(x, p, cu, return_final_state=True)
         loss = sum(o.square().sum() for o in outs) + (y * residual).sum() + final.sum() + r.prob_sum.square().sum()
+        loss = loss + r.entropy_sum.square().sum()
         grads = torch.autograd.grad(loss, (q, k, x, residual, bias, p))
         return [*r, *outs, y, final, *grads]
     finally:

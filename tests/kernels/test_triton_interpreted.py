@@ -32,7 +32,7 @@ LEFT_OUT = [
     "all-dtype2",
 ]
 FILES = [
-    "test_route test_dechunk",
+    "test_route test_entropy test_dechunk",
     "test_pool test_ratio_loss",
     "test_ema test_strides test_triton_launches test_torch_integration",
     "test_mamba2",

@@ -52,9 +52,9 @@ def run_everything(T, N, M, B, D, budget):
     loss = importlib.import_module("hnet_kernels.triton.ratio_loss").ratio_loss
     x, z, cu = torch.empty(T, D), torch.empty(M, D), torch.zeros(N + 1, dtype=torch.int32)
     out = op["routing"].route(x, x, cu, None, None, budget, False)
-    prob, mask, selected, index, _, cu_chunks, prob_sum, _, norms = out
+    prob, mask, selected, index, _, cu_chunks, prob_sum, entropy_sum, _, norms = out
     start = torch.zeros(M, dtype=torch.int32)
-    op["routing"].route_bwd(x, x, cu, None, mask, norms, prob, selected, prob_sum, False)
+    op["routing"].route_bwd(x, x, cu, None, mask, norms, prob, selected, prob_sum, entropy_sum, False)
     op["routing"].route_step(x[:B], x[:B], None, None, None)
     for mode in ("boundary", "mean", "max", "last"):
         op["pool"].pool(x, start, index, cu_chunks, cu, mode)

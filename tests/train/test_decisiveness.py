@@ -162,7 +162,7 @@ def routing(T, outer, inner):
 
     def of(mask):
         start = mask.nonzero().flatten().int()
-        return hk.Routing(mask.float(), mask, empty, empty, start, empty, empty, empty, empty)
+        return hk.Routing(mask.float(), mask, empty, empty, start, empty, empty, empty, empty, empty)
 
     return [of(mask), of(inner_mask)]
 
