@@ -166,7 +166,8 @@ def decisive_section(data: dict) -> str:
 
 
 def order(name: str) -> int:
-    return ["tinyshakespeare", "python", "telugu"].index(name) if name in ("tinyshakespeare", "python", "telugu") else 9
+    known = ["tinyshakespeare", "tinyshakespeare-ngrams", "python", "telugu"]
+    return known.index(name) if name in known else len(known)
 
 
 def mean_and_spread(values: list[float], digits: int, sign: str = "") -> str:

@@ -121,7 +121,8 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
         values = override(read_toml(ROOT / "configs" / "laptop.toml", TrainConfig), {
             **ARMS[key["arm"]], **prepare(a.data, a.val, out, a.bytes), "compression": [key["target"]],
             "seed": key["seed"], "steps": a.steps, "batch_bytes": a.batch_bytes, "seq_len": a.seq_len,
-            "documents": a.documents, "boundaries": a.boundaries, "device": "cpu", "plots": False, "sample_bytes": 0,
+            "documents": a.documents, "boundaries": a.boundaries, "ngrams": a.ngrams, "ngram_dropout": 0.5,
+            "device": "cpu", "plots": False, "sample_bytes": 0,
             "eval_every": a.steps, "eval_bytes": 4096, "checkpoint_every": a.steps, "out": str(out / "run"),
         })  # fmt: skip
         trainer = Trainer(TrainConfig(**values))
@@ -139,6 +140,7 @@ def command(a: argparse.Namespace, key: dict[str, Any]) -> str:
     words += ["--arms", key["arm"], "--targets", f"{key['target']:g}", "--seeds", str(key["seed"])]
     for flag in ("steps", "batch_bytes", "seq_len", "documents", "boundaries"):
         words += [f"--{flag.replace('_', '-')}", str(getattr(a, flag))]
+    words += ["--ngrams", *map(str, a.ngrams)] if a.ngrams else []
     words += ["--val", a.val.name] if a.val else []
     words += ["--bytes", str(a.bytes)] if a.data.is_dir() else []
     return " ".join(words)
@@ -158,6 +160,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--bytes", type=int, default=2_000_000, help="most of a folder")
     parser.add_argument("--documents", default="file")
     parser.add_argument("--boundaries", default="any")
+    parser.add_argument("--ngrams", nargs="*", type=int, default=[], help="of the recipe's embeddings; default: none")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--targets", nargs="+", type=float, default=[4.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
