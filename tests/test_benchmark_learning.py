@@ -162,9 +162,9 @@ def test_table_and_picture(tmp_path, monkeypatch):
     path = tmp_path / "learning.json"
     monkeypatch.setattr(run, "machine", lambda: {"cpu": "x", "threads": 2, "torch": "2", "date": "now"})
     for seed, (a, b) in enumerate(((1.5, 1.54), (1.52, 1.53))):
-        run.add(path, row("hnet", 30, seed, 9.0))  # replaced by the next
-        run.add(path, row("hnet", 30, seed, a))
+        run.add(path, row("hnet", 30, seed, 9.0))  # replaced by one that comes later
         run.add(path, row("isotropic", 30, seed, b))
+        run.add(path, row("hnet", 30, seed, a))
     data = json.loads(path.read_text())
     assert len(data["rows"]) == 4
     section = learning_section(data)

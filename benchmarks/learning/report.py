@@ -35,16 +35,16 @@ def names(rows: list[Row], key: str) -> list[Any]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """A line for each amount of training and model, over the seeds; the last column compares with the first model."""
+    """A line for each amount of training and model, over the seeds; the last column compares with our H-Net by seed."""
     lines = [
         f"| {rows[0]['unit']} | model | held-out nats a byte, mean (range) | seeds | steps | kB/s | MFLOP a byte | "
-        "behind the first |",
+        "behind `hnet`, by seed |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for amount in sorted(names(rows, "amount")):
         here = [r for r in rows if r["amount"] == amount]
-        first = {r["seed"]: r["val"] for r in here if r["model"] == here[0]["model"]}
-        for model in names(here, "model"):
+        first = {r["seed"]: r["val"] for r in here if r["model"] == "hnet"}
+        for model in sorted(names(here, "model"), key=lambda name: name != "hnet"):
             own = [r for r in here if r["model"] == model]
             behind = [r["val"] - first[r["seed"]] for r in own if r["seed"] in first]
             rate = mean(r["bytes"] / r["seconds"] for r in own) / 1e3
@@ -52,7 +52,7 @@ def table(rows: list[Row]) -> list[str]:
             cells = [
                 f"{amount:g}", f"`{model}`", spread([r["val"] for r in own]), str(len(own)),
                 f"{mean(r['steps'] for r in own):.0f}", f"{rate:.1f}", f"{cost:.2f}",
-                "" if model == here[0]["model"] or not behind else f"{min(behind):+.3f} to {max(behind):+.3f}",
+                f"{min(behind):+.3f} to {max(behind):+.3f}" if behind and model != "hnet" else "",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return lines
