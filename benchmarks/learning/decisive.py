@@ -124,7 +124,6 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
             "documents": a.documents, "boundaries": a.boundaries, "ngrams": a.ngrams, "ngram_dropout": 0.5,
             "device": "cpu", "plots": False, "sample_bytes": 0,
             "eval_every": a.steps, "eval_bytes": 4096, "checkpoint_every": a.steps, "out": str(out / "run"),
-            "ngrams": [],  # the rows so far are of models without them
         })  # fmt: skip
         trainer = Trainer(TrainConfig(**values))
         trainer.train()
