@@ -51,8 +51,8 @@ check: setup
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks -q -s -m "not gpu" $(if $(RESULTS),--results $(RESULTS))
-	$(if $(RESULTS),$(BIN)/python -m benchmarks.table)
+	$(BIN)/python -m pytest benchmarks -q -m "not gpu" $(if $(RESULTS),--full --results $(RESULTS))
+	$(if $(RESULTS),$(BIN)/python -m benchmarks.table && $(BIN)/python -m benchmarks.plots)
 
 LEARNING := $(BIN)/python -m benchmarks.learning
 learning: setup

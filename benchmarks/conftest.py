@@ -17,19 +17,25 @@ def pytest_addoption(parser):
     group.addoption("--smoke", action="store_true", help="tiny shapes and few rounds: does every benchmark run?")
     group.addoption("--results", metavar="NAME", help="write benchmarks/results/NAME.json; 'card': named after the GPU")
     group.addoption("--add", action="store_true", help="keep that file's rows of other benchmarks; write row by row")
-    group.addoption("--rounds", type=int, default=21, help="timed rounds of every race (default 21)")
+    group.addoption("--full", action="store_true", help="what takes minutes too, and 21 rounds instead of 7")
+    group.addoption("--rounds", type=int, help="timed rounds of every race (default 7; 21 on a GPU or with --full)")
     group.addoption(
         "--compile", choices=("none", "some", "all"), default="some",
         help="on a GPU, race torch.compile too: on the shapes of shapes.COMPILED (default), on none, on all (slow)",
     )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes: only with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    every = config.getoption("--full") or config.getoption("--smoke")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("long") and not every:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: --full"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +56,10 @@ def smoke(request) -> bool:
 
 @pytest.fixture
 def rounds(request, smoke) -> int:
-    return 2 if smoke else request.config.getoption("--rounds")
+    if smoke:
+        return 2
+    every = request.config.getoption("--full") or torch.cuda.is_available()
+    return request.config.getoption("--rounds") or (21 if every else 7)
 
 
 @pytest.fixture
@@ -60,7 +69,8 @@ def keep_row(request):
     def keep(seconds, *, ours: str, bytes: int | None = None, **labels):
         row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
         ROWS.append(row)
-        print_row(row)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print_row(row)
         if (path := results_path(request.config)) is None:
             return
         if request.config.getoption("--add"):
@@ -124,7 +134,9 @@ def print_row(row: dict) -> None:
         text += f" = {rate:.1f} GB/s, {100 * rate / copy:.0f} % of copy"
     for name, t in sorted(others.items(), key=lambda kv: kv[1]):
         text += f"; {name} {1e3 * t:.3g} ms (x{t / ours:.2f})"
-    print(text)
+    if "slope" in row:
+        text += f"; slope {row['slope']:.2f}, at most {row['most']:g} expected"
+    print(text, flush=True)
 
 
 def device_of(rows: list[dict]) -> str:

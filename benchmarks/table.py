@@ -4,7 +4,8 @@ A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes f
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
 every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
 those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning`, `decisive` that of
-`python -m benchmarks.learning.decisive` and `predicted` that of `python -m benchmarks.predict`.
+`python -m benchmarks.learning.decisive`, `layer_ops`, `scaling` and `decoding` are rows of cpu.json, and `predicted` is
+that of `python -m benchmarks.predict`.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
@@ -89,6 +90,29 @@ def layers_section(data: dict) -> str:
     rows = data["rows"]
     steps = step_table([r for r in rows if r["op"] == "training step" and r["model"] == "laptop"])
     return "\n".join([*steps, "", where(data["machine"]), ""])
+
+
+def layer_ops_section(data: dict) -> str:
+    rows = [r for r in data["rows"] if r["op"] in LAYER_OPS]
+    about = "Of attention no bytes are counted: it is bound by arithmetic. " + where(data["machine"])
+    return "\n".join([*op_table(rows), "", about, ""]) if rows else ""
+
+
+def scaling_section(data: dict) -> str:
+    rows = [r for r in data["rows"] if "slope" in r]
+    lines = ["| over | sizes | ms | slope | expected, at most |", "|---|---|---|--:|--:|"]
+    for r in rows:
+        ms = " / ".join(f"{1e3 * t:.1f}" for t in r["seconds"].values())
+        cells = [r["op"].removeprefix("round trip over "), " / ".join(r["seconds"]), ms]
+        lines.append(line([*cells, f"{r['slope']:.2f}", f"{r['most']:g}"]))
+    return "\n".join([*lines, "", where(data["machine"]), ""]) if rows else ""
+
+
+def decoding_section(data: dict) -> str:
+    rows = [r for r in data["rows"] if r["op"] == "decoding"]
+    return (
+        "\n".join([*(x for one in decode_lines(rows) for x in (one, "")), where(data["machine"]), ""]) if rows else ""
+    )
 
 
 def where(m: dict) -> str:
@@ -222,7 +246,8 @@ def replay_of(row: dict, measured: list[dict]) -> str:
 SECTIONS = {"chunk_lm": ("chunk_lm", chunk_lm_section), "training_rate": ("training_rate", rate_section),
             "training_curriculum": ("training_curriculum", curriculum_section),
             "layers": ("layers", layers_section), "learning": ("learning", learning_section),
-            "decisive": ("decisive", decisive_section),
+            "decisive": ("decisive", decisive_section), "layer_ops": ("cpu", layer_ops_section),
+            "scaling": ("cpu", scaling_section), "decoding": ("cpu", decoding_section),
             "predicted": ("predicted", predicted_section)}  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def test_plain_is_the_same_model():
         torch.testing.assert_close(model(ids, cutoff), plain_logits(model, ids, cutoff), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("T", [512, 1024])
 def test_step(smoke, rounds, keep_row, T):
     batch, T = (1, 128) if smoke else (4, T)
@@ -74,6 +75,7 @@ def test_step(smoke, rounds, keep_row, T):
     keep_row(seconds, ours=ours, op="training step", dtype="fp32 weights", T=T, B=batch, model="ChunkLM")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bf16", [True, False] if BF16 else [False])
 @pytest.mark.parametrize("T", [512, 1024])
 def test_filter(smoke, rounds, keep_row, T, bf16):

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import hnet_kernels as hk
 from hnet.config import HNetConfig
 from hnet.generate import stream
 from hnet.model.causal_lm import HNetForCausalLM
@@ -16,7 +17,7 @@ from hnet.model.causal_lm import HNetForCausalLM
 from .steps import at_target, random_bytes
 
 CASES = [
-    pytest.param("cpu", "tiny", 2, [3.0], id="cpu"),
+    *(pytest.param("cpu", "laptop", B, [4.0], id=f"laptop-B{B}-cpu") for B in (1, 8)),
     *(
         pytest.param("cuda", preset, B, target, id=f"{preset}-B{B}", marks=pytest.mark.gpu)
         for preset, target in (("laptop", [4.0]), ("hnet_1stage_L", [6.0]))
@@ -35,8 +36,6 @@ def seconds_a_step(model: HNetForCausalLM, B: int, new: int) -> float:
 
 @pytest.mark.parametrize(("device", "preset", "B", "compression"), CASES)
 def test_decode(keep_row, smoke, device, preset, B, compression):
-    if device == "cpu" and not smoke:
-        pytest.skip("only to see that the benchmark runs")
     if smoke:
         preset, B, compression = "tiny", 2, [3.0]
     config = at_target(HNetConfig.preset(preset), compression, device, 256 if smoke else 2048)
@@ -45,6 +44,10 @@ def test_decode(keep_row, smoke, device, preset, B, compression):
     model = HNetForCausalLM(config, device=device, dtype=dtype).eval()
     new = 8 if smoke else 128
     seconds = {"ours": seconds_a_step(model, B, new)}
-    model.allocate_cache = functools.partial(model.allocate_cache, graphs=False)
-    seconds["without graphs"] = seconds_a_step(model, B, new)
+    if device == "cuda":
+        model.allocate_cache = functools.partial(model.allocate_cache, graphs=False)
+        seconds["without graphs"] = seconds_a_step(model, B, new)
+    else:
+        with hk.backend("reference"):
+            seconds["plain PyTorch ops"] = seconds_a_step(model, B, new)
     keep_row(seconds, ours="ours", op="decoding", model=preset, device=device, dtype=str(dtype)[6:], B=B)

@@ -56,6 +56,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [2048, 16384])
 def test_train_step(benchmark, smoke, rounds, keep_row, T, dtype):

@@ -1,0 +1,69 @@
+"""Plots of benchmarks/results/cpu.json for README and docs/benchmarks.md: `python -m benchmarks.plots`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hnet.plots.run import STAGE_COLORS, STYLE
+
+from . import table
+
+DOCS = table.ROOT / "docs"
+
+
+def draw_speed(rows: list[dict[str, Any]], path: Path) -> None:
+    """Of every op, forward and backward in bf16: how many times longer the fastest of others take."""
+    own = [r for r in rows if r.get("direction") in ("forward+backward", "both") and r["dtype"] == "bfloat16"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.55 * len(own) + 1.2), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for i, (kind, name) in enumerate((("compile", "torch.compile"), ("eager", "eager PyTorch"))):
+            times = [table.best(r["seconds"], kind) for r in own]
+            ratios = [0.0 if t is None else t / r["seconds"][r["ours"]] for t, r in zip(times, own, strict=True)]
+            bars = axes.barh(
+                [y + 0.36 * (i - 0.5) for y in range(len(own))], ratios, 0.34, color=STAGE_COLORS[i], label=name
+            )
+            axes.bar_label(bars, [f"{x:.1f}x" if x else "" for x in ratios], padding=3, fontsize=9)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(range(len(own)), [r["op"] for r in own])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlabel("time of the fastest other form / ours: forward and backward, bf16, 2 CPU threads")
+        axes.legend(loc="lower right")
+        figure.savefig(path, metadata={"Software": None})
+
+
+def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for every size that grows: seconds of a round trip against it, both logarithmic."""
+    own = [r for r in rows if "slope" in r]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.8), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(own), squeeze=False)[0]
+        for axes, r in zip(panels, own, strict=True):
+            axes.loglog(
+                [int(n) for n in r["seconds"]], [1e3 * t for t in r["seconds"].values()], "o-", color=STAGE_COLORS[0]
+            )
+            axes.set_xlabel(r["op"].removeprefix("round trip over "))
+            axes.set_title(f"slope {r['slope']:.2f}", fontsize=11)
+            low, high = (f(t for r in own for t in r["seconds"].values()) for f in (min, max))
+            axes.set_ylim(0.7e3 * low, 1.4e3 * high)
+        panels[0].set_ylabel("ms, forward and backward")
+        figure.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    data = table.load("cpu")
+    for draw, name in ((draw_speed, "speed.png"), (draw_scaling, "scaling.png")):
+        draw(data["rows"], DOCS / name)
+        print(f"drew docs/{name}")
+
+
+if __name__ == "__main__":
+    main()
