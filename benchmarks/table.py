@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- benchmarks:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = ("eager", "compile", "published")
-LAYER_OPS = ("add_rms_norm", "attention", "gated_conv", "swiglu")
+LAYER_OPS = ("add_rms_norm", "attention", "cross_entropy", "gated_conv", "swiglu")
 OURS = ("triton", "cuda")  # backends of ours that race each other
 
 

@@ -1,4 +1,5 @@
-"""add_rms_norm, gated_conv, swiglu and attention at the laptop model's shapes: 16,384 positions in sequences of 512.
+"""add_rms_norm, gated_conv, swiglu, attention and cross_entropy as the laptop model has them: 16,384 positions in
+sequences of 512.
 
 Counted bytes: what each must read and write once (docs/kernels.md); of attention no bytes, it is bound by arithmetic.
 """
@@ -58,7 +59,21 @@ def attention_of(T, dtype, cu):
     )  # fmt: skip
 
 
-OPS = {"add_rms_norm": norm_of, "gated_conv": conv_of, "swiglu": swiglu_of, "attention": attention_of}
+def cross_entropy_of(T, dtype, cu):
+    targets, size = torch.randint(256, (T,)), dtype.itemsize * T * 256
+    return (
+        inputs(dtype, T, 256), (), lambda x: (hk.cross_entropy(x, targets, backend="cpu").loss,),
+        lambda x: (torch.nn.functional.cross_entropy(x.float(), targets, reduction="none"),), (size, 2 * size),
+    )  # fmt: skip
+
+
+OPS = {
+    "add_rms_norm": norm_of,
+    "gated_conv": conv_of,
+    "swiglu": swiglu_of,
+    "attention": attention_of,
+    "cross_entropy": cross_entropy_of,
+}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -274,6 +274,31 @@ PYBIND11_MODULE(_C, m) {
       ARGS);
 
   m.def(
+      "cross_entropy_fwd",
+      [](int dtype, ptr logits, i64 stride, ptr targets, i64 T, i64 V, ptr loss, ptr entropy, ptr norm, int threads) {
+        const int64_t* wanted = as<int64_t>(targets);
+        for (i64 t = 0; t < T; ++t) {
+          if ((wanted[t] < 0 && wanted[t] != -100) || wanted[t] >= V) {
+            throw std::invalid_argument("targets must be in [0, " + std::to_string(V) + ") or -100, got " + std::to_string(wanted[t]) +
+                                        " at position " + std::to_string(t));
+          }
+        }
+        kernels().cross_entropy_fwd(
+            Dtype(dtype), {rows(logits, stride), wanted, T, V, as<float>(loss), as<float>(entropy), as<float>(norm), nullptr, {}},
+            threads);
+      },
+      ARGS);
+  m.def(
+      "cross_entropy_bwd",
+      [](int dtype, ptr dloss, ptr logits, i64 stride, ptr targets, i64 T, i64 V, ptr norm, ptr dlogits, int threads) {
+        kernels().cross_entropy_bwd(
+            Dtype(dtype),
+            {rows(logits, stride), as<int64_t>(targets), T, V, nullptr, nullptr, as<float>(norm), as<float>(dloss), rows(dlogits, V)},
+            threads);
+      },
+      ARGS);
+
+  m.def(
       "route_step",
       [](int dtype, ptr q, i64 q_stride, ptr k, i64 k_stride, i64 B, i64 D, float bias_scale, ptr is_first, ptr candidates, ptr prob,
          ptr selected, ptr mask, int threads) {

@@ -1,12 +1,13 @@
 """Fused ops for the dynamic chunking of H-Nets (arXiv 2507.07955): route, pool, dechunk, ema, ratio loss;
 and for a CPU what stands between the matrix products of a layer: add_rms_norm, attention, gated_conv,
-swiglu; and for a GPU mamba2, the same for a Mamba-2 layer.
+swiglu, and after the last cross_entropy; and for a GPU mamba2, the same for a Mamba-2 layer.
 
 Layout is packed: N sequences end to end in (T, D) rows, `cu_seqlens` int32 (N+1,) from 0 to T. Sequences never see each
 other. `python -m hnet_kernels.info` says which backends work here.
 """
 
 from .attention import attention
+from .cross_entropy import cross_entropy
 from .dechunk import dechunk, dechunk_step
 from .dispatch import backend
 from .ema import ema
@@ -27,6 +28,7 @@ __all__ = [
     "attention",
     "backend",
     "boundary_fractions",
+    "cross_entropy",
     "dechunk",
     "dechunk_step",
     "ema",

@@ -30,7 +30,7 @@ CUDA_OPS = frozenset({"route", "route_step", "dechunk_step"})
 CUDA_PREFERRED: frozenset[str] = frozenset()
 
 # Ops with kernels for a CPU only: on a GPU, PyTorch has them fused, or torch.compile fuses them.
-CPU_OPS = frozenset({"add_rms_norm", "attention", "gated_conv", "swiglu"})
+CPU_OPS = frozenset({"add_rms_norm", "attention", "cross_entropy", "gated_conv", "swiglu"})
 
 
 def _check_name(name: str, where: str) -> str:

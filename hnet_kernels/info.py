@@ -23,6 +23,7 @@ OPS = (
     "dechunk_step",
     "add_rms_norm",
     "attention",
+    "cross_entropy",
     "gated_conv",
     "mamba2",
     "swiglu",

@@ -268,3 +268,16 @@ def swiglu_bwd(dout, x):
     dx = _empty(*x.shape, dtype=x.dtype)
     _call("swiglu_bwd", x.dtype, Rows(dout), Rows(x), dout.shape[0], dout.shape[1], dx)
     return dx
+
+
+def cross_entropy(logits, targets):
+    T, V = logits.shape
+    loss, entropy, norm = _empty(T), _empty(T), _empty(T, 2)
+    _call("cross_entropy_fwd", logits.dtype, Rows(logits), targets, T, V, loss, entropy, norm)
+    return loss, entropy, norm
+
+
+def cross_entropy_bwd(dloss, logits, targets, norm):
+    dlogits = _empty(*logits.shape, dtype=logits.dtype)
+    _call("cross_entropy_bwd", logits.dtype, dloss, Rows(logits), targets, *logits.shape, norm, dlogits)
+    return dlogits

@@ -250,6 +250,14 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * y
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    x, entropy = upcast(logits), None
+    if with_entropy:
+        log_p = x.detach().log_softmax(-1)
+        entropy = torch.special.entr(log_p.exp()).sum(-1)
+    return F.cross_entropy(x, targets, reduction="none"), entropy
+
+
 def mamba2(
     zxbcdt: Tensor,
     conv_weight: Tensor,

@@ -119,6 +119,16 @@ struct SwiGLU {
   Rows dout, dx;  // backward: (T, D) in, (T, 2 D) out
 };
 
+struct CrossEntropy {
+  Rows logits;                   // (T, V)
+  const int64_t* targets;        // (T,) in [0, V), or negative: no loss
+  int64_t T, V;
+  float *loss, *entropy;         // (T,) forward output
+  float* norm;                   // (T, 2) forward output, backward input: largest logit, log sum e^(logit - it)
+  const float* dloss;            // (T,) backward
+  Rows dlogits;                  // (T, V)
+};
+
 struct RouteStep {
   Rows q, k;  // (B, D): projection of the previous position, projection of this one
   int64_t B, D;
@@ -160,6 +170,8 @@ struct Kernels {
   void (*attention_bwd)(Dtype, const Attention&, int threads);
   void (*swiglu_fwd)(Dtype, const SwiGLU&, int threads);
   void (*swiglu_bwd)(Dtype, const SwiGLU&, int threads);
+  void (*cross_entropy_fwd)(Dtype, const CrossEntropy&, int threads);
+  void (*cross_entropy_bwd)(Dtype, const CrossEntropy&, int threads);
 };
 
 const Kernels& kernels_baseline();

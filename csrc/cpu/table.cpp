@@ -26,6 +26,8 @@ void attention_fwd(Dtype, const Attention&, int);
 void attention_bwd(Dtype, const Attention&, int);
 void swiglu_fwd(Dtype, const SwiGLU&, int);
 void swiglu_bwd(Dtype, const SwiGLU&, int);
+void cross_entropy_fwd(Dtype, const CrossEntropy&, int);
+void cross_entropy_bwd(Dtype, const CrossEntropy&, int);
 }  // namespace HNET_ISA
 
 const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
@@ -34,6 +36,7 @@ const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
       HNET_ISA::dechunk_bwd, HNET_ISA::ema_fwd, HNET_ISA::ema_bwd,   HNET_ISA::route_step, HNET_ISA::dechunk_step,
       HNET_ISA::rms_norm_fwd, HNET_ISA::rms_norm_bwd, HNET_ISA::gated_conv_fwd, HNET_ISA::gated_conv_bwd,
       HNET_ISA::attention_fwd, HNET_ISA::attention_bwd, HNET_ISA::swiglu_fwd, HNET_ISA::swiglu_bwd,
+      HNET_ISA::cross_entropy_fwd, HNET_ISA::cross_entropy_bwd,
   };
   return table;
 }

@@ -68,17 +68,10 @@ def inside(p: Tensor) -> Tensor:
     return EDGE + (1 - 2 * EDGE) * p
 
 
-@torch.no_grad()
-def uncertainty(logits: Tensor) -> Tensor:
-    """(T,) nats: the entropy of what is predicted after every position, logits (T, vocab) fp32"""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
 class Teacher:
     """What is hard to predict, stage after stage, outermost first: `loss` is called for each in turn.
 
-    nats: (T,) of the byte after every position, see `uncertainty`.
+    nats: (T,) entropy of what is predicted after every position.
     candidates: (T,) bool, where chunks may begin in the outermost stage; default: anywhere.
     """
 

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-import torch.nn.functional as F
 
 from hnet.data.corpus import Corpus
-from hnet.data.packing import IGNORED, eval_batches
+from hnet.data.packing import eval_batches
 from hnet.device import World
 from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.router_metrics import router_sums
 from hnet.model.score import Score
-from hnet_kernels import Routing
+from hnet_kernels import Routing, cross_entropy
 
 from .distributed import add_up
 
@@ -61,7 +60,7 @@ def evaluate_hnet(
             out = model(here.input_ids, cu_seqlens=here.cu_seqlens, max_seqlen=here.max_seqlen)
         if batch.filler:
             continue
-        nats = F.cross_entropy(out.logits.float(), here.targets, ignore_index=IGNORED, reduction="none").double().sum()
+        nats = cross_entropy(out.logits, here.targets).loss.double().sum()
         chunks = [r.num_chunks.double() for r in out.routing]
         sizes = (batch.num_targets, batch.num_bytes, batch.input_ids.shape[0])
         routers = [x.double() for r in out.routing for x in router_sums(r)]

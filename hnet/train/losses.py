@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hnet_kernels as hk
 
-from .decisive import Decisive, Teacher, mean_entropy, uncertainty
+from .decisive import Decisive, Teacher, mean_entropy
 
 
 class StageStats(NamedTuple):
@@ -46,10 +46,11 @@ def losses(
 ) -> Losses:
     """logits (T, vocab), targets (T,) int64; a target ratio for each Routing; weights (stages,) of the ratio losses.
     candidates (T,) bool: where chunks of the outermost stage may begin, if not anywhere (asked for by `decisive`)."""
-    logits = logits.float()
-    loss = ce = F.cross_entropy(logits, targets)
+    taught = decisive is not None and decisive.surprisal is not None
+    nats, unsure = hk.cross_entropy(logits, targets, with_entropy=taught)
+    loss = ce = nats.mean()
     if label_smoothing:
-        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
     stages = []
     for r, n in zip(routing, compression, strict=True):
         share, mean = hk.boundary_fractions(r)
@@ -61,8 +62,8 @@ def losses(
         loss = loss + torch.dot(weights, torch.stack(ratios))
     if decisive is not None and decisive.entropy is not None:
         loss = loss + torch.dot(decisive.entropy, torch.stack([mean_entropy(r) for r in routing]))
-    if decisive is not None and decisive.surprisal is not None:
-        teacher = Teacher(uncertainty(logits), candidates)
+    if decisive is not None and decisive.surprisal is not None and unsure is not None:
+        teacher = Teacher(unsure, candidates)
         taught_losses = [teacher.loss(r, n) for r, n in zip(routing, compression, strict=True)]
         loss = loss + torch.dot(decisive.surprisal, torch.stack(taught_losses))
     return Losses(loss, ce, sum(ratios, start=ce.new_zeros(())), stages)

@@ -162,6 +162,13 @@ def swiglu(x) -> Tensor:
     return silu(x[:, D:].double()) * x[:, :D].double()
 
 
+def cross_entropy(logits, targets) -> Tensor:
+    """Loss and entropy, (T,) each."""
+    x = logits.double()
+    log_p = x - x.logsumexp(1, keepdim=True)
+    return -log_p[torch.arange(len(x)), targets], -(log_p.exp() * log_p).sum(1)
+
+
 def attention(qkv, cu, window, rotary) -> Tensor:
     T, _, heads, width = qkv.shape
     out = [torch.zeros(heads, width, dtype=torch.float64)] * T

@@ -1,4 +1,4 @@
-"""add_rms_norm, gated_conv and swiglu: what stands between the matrix products of a layer."""
+"""add_rms_norm, gated_conv, swiglu: what stands between the matrix products of a layer; cross_entropy: after them."""
 
 import itertools
 
@@ -130,6 +130,63 @@ def test_silu_far_out():
     assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "V"), [(1, 1), (63, 33), (130, 256), (20, 1000)])
+def test_cross_entropy(backend, T, V, dtype):
+    logits, targets = rand(T, V, dtype=dtype) * 4, torch.randint(V, (T,))
+
+    def f(backend, logits):
+        return hk.cross_entropy(logits, targets, backend=backend).loss
+
+    def definition(logits):
+        return oracle.cross_entropy(logits, targets)[0]
+
+    compare(f, definition, [logits], [rand(T, seed=3)], 1, backend)
+    found = hk.cross_entropy(logits, targets, with_entropy=True, backend=backend).entropy
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert_close(found, oracle.cross_entropy(logits, targets)[1], 1e-5)
+    assert hk.cross_entropy(logits, targets, backend=backend).entropy is None
+
+
+@pytest.mark.parametrize("target", [-1, 8])
+def test_targets_that_no_logit_is_of(target):
+    targets = torch.tensor([3, target])
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, 8\) or -100, got {target} at position 1"):
+        hk.cross_entropy(rand(2, 8), targets, backend="cpu")
+
+
+def test_rows_without_a_target(backend):
+    """Their loss is 0 whatever they hold, and they have no gradient; of the rest nothing changes."""
+    x, targets = leaf(rand(9, 40)), torch.arange(9)
+    want = hk.cross_entropy(x, targets, backend=backend).loss
+    left_out = torch.arange(9) % 3 == 1
+    got = hk.cross_entropy(x, targets.masked_fill(left_out, -100), backend=backend).loss
+    assert torch.equal(got, torch.where(left_out, 0, want))
+    weights = rand(9, seed=1)
+    grads = [torch.autograd.grad(loss @ weights, x)[0] for loss in (got, want)]
+    assert torch.equal(grads[0], torch.where(left_out[:, None], 0, grads[1]))
+
+
+def test_cross_entropy_far_out(backend):
+    """As PyTorch: nothing overflows, what cannot happen costs nothing, and NaN stays NaN."""
+    logits = torch.randn(6, 40)
+    logits[0] += 1e30
+    logits[1] -= 1e4
+    logits[2, 1:] = -torch.inf
+    logits[3, 7] = 3e38
+    logits[4, 39] = torch.nan
+    x, targets = leaf(logits), torch.tensor([3, 4, 0, 7, 8, 9])
+    loss, entropy = hk.cross_entropy(x, targets, with_entropy=True, backend=backend)
+    want = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    assert torch.allclose(loss.detach().double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert (entropy[2:4] < 1e-30).all()
+    assert torch.isnan(entropy).tolist() == [False] * 4 + [True, False]
+    grad = torch.autograd.grad(loss.sum(), x)[0]
+    want = torch.nn.functional.softmax(logits.double(), 1) - torch.nn.functional.one_hot(targets, 40)
+    assert torch.allclose(grad.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("op", ["add_rms_norm", "gated_conv", "swiglu"])
 def test_no_positions(backend, op):
     x, weight = leaf(torch.zeros(0, 8)), leaf(torch.ones(8 if op == "add_rms_norm" else 4))
@@ -154,14 +211,24 @@ CASES = {
         [rand(150, 80, dtype=dtype), rand(40, 4, seed=1), rand(40, seed=2)],
     ),
     "swiglu": lambda dtype: (lambda x: hk.swiglu(x, backend="cpu"), [rand(150, 80, dtype=dtype)]),
+    "cross_entropy": lambda dtype: (
+        lambda x: hk.cross_entropy(x, torch.arange(150) % 41, backend="cpu").loss,
+        [rand(150, 41, dtype=dtype)],
+    ),
 }
+
+
+def grads_of(op):
+    return {"add_rms_norm": [rand(150, 40, seed=5)] * 2, "cross_entropy": [rand(150, seed=5)]}.get(
+        op, [rand(150, 40, seed=5)]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", CASES)
 def test_same_bits_for_any_thread_count(op, dtype):
     f, args = CASES[op](dtype)
-    grads = [rand(150, 40, seed=5)] * (2 if op == "add_rms_norm" else 1)
+    grads = grads_of(op)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -176,7 +243,7 @@ def test_same_bits_for_any_thread_count(op, dtype):
 @pytest.mark.parametrize("op", CASES)
 def test_any_layout_gives_the_bits_of_a_dense_copy(op):
     f, args = CASES[op](torch.float32)
-    grads = [rand(150, 40, seed=5)] * (2 if op == "add_rms_norm" else 1)
+    grads = grads_of(op)
     want = results(f, args, grads)
 
     def spread(x):
@@ -200,6 +267,7 @@ def test_opcheck(dtype):
     conv = (leaf(rand(20, 16, dtype=dtype)), leaf(rand(8, 3)), leaf(rand(8)), cu_of([12, 8]), "cpu")
     torch.library.opcheck(ops.gated_conv, conv)
     torch.library.opcheck(ops.swiglu, (x, "cpu"))
+    torch.library.opcheck(ops.cross_entropy, (x, torch.arange(20) % 8, "cpu"))
 
 
 def test_compile_fullgraph():
@@ -231,7 +299,7 @@ def test_gradcheck_reference():
     assert torch.autograd.gradcheck(all_three, tuple(map(leaf, args)))
 
 
-X, BIAS = rand(20, 8), rand(4)
+X, BIAS, CLASSES = rand(20, 8), rand(4), torch.arange(20) % 8
 
 
 @pytest.mark.parametrize(
@@ -253,6 +321,9 @@ X, BIAS = rand(20, 8), rand(4)
         (lambda: hk.swiglu(X[0]), ValueError, "x must be packed rows"),
         (lambda: hk.swiglu(X.double(), backend="cpu"), RuntimeError, "backend 'cpu' cannot run swiglu"),
         (lambda: hk.swiglu(X, backend="triton"), RuntimeError, "swiglu has no triton kernel"),
+        (lambda: hk.cross_entropy(X, BIAS), TypeError, "targets must be torch.int64, got torch.float32"),
+        (lambda: hk.cross_entropy(X, CLASSES[:3]), ValueError, r"targets must have shape \(20,\), got \(3,\)"),
+        (lambda: hk.cross_entropy(X[0], CLASSES), ValueError, r"logits must be packed rows"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(backend, call, error, message):
