@@ -81,20 +81,22 @@ class Teacher:
         self.candidates = candidates
 
     def loss(self, r: hk.Routing, positions_per_chunk: float) -> Tensor:
-        """() mean BCE(p, t) of a stage over the positions that are free to be boundaries or not."""
-        t, free = self.targets(r, positions_per_chunk)
+        """() mean BCE(p, t) of a stage over all positions but first ones."""
+        t, taught = self.targets(r, positions_per_chunk)
         p = inside(r.boundary_prob)
         bce = -torch.where(t, p, 1 - p).log()
         self.place = self.place[F.pad(r.chunk_start.long(), (0, 1), value=len(p))]
         self.candidates = None
-        return torch.where(free, bce, 0).sum() / free.sum().clamp(min=1)
+        return torch.where(taught, bce, 0).sum() / taught.sum().clamp(min=1)
 
     @torch.no_grad()
     def targets(self, r: hk.Routing, positions_per_chunk: float) -> tuple[Tensor, Tensor]:
-        """(T,) bool, t of every position; and which are free: candidates, neither first nor padding."""
+        """(T,) bool, t of every position; and which are taught: neither first nor padding. Those that are no candidates
+        are taught 0: nothing else would keep entropy from making them 1."""
         T, used = len(r.boundary_prob), r.cu_seqlens[-1]
         row, begins = torch.arange(T, device=used.device), first(r)
         could = row < used
+        taught = could & ~begins
         if self.candidates is not None:
             could &= self.candidates
         # the next one that could begin a chunk, or the end
@@ -104,7 +106,7 @@ class Teacher:
         sequences = (r.cu_seqlens.diff() > 0).sum()  # each begins a chunk
         wanted = torch.minimum((used / positions_per_chunk).round().long() - sequences, free.sum())
         least = nats.sort(descending=True).values.gather(0, (wanted - 1).clamp(min=0)[None])
-        return free & (nats >= least) & (wanted > 0), free
+        return free & (nats >= least) & (wanted > 0), taught
 
 
 def first(r: hk.Routing) -> Tensor:

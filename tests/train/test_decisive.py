@@ -40,7 +40,7 @@ def expected_targets(nats, cu_seqlens, places, could, positions_per_chunk):
             surprise[m] = sum(nats[i] for i in range(places[m], places[after]))
     wanted = max(round(cu_seqlens[-1] / positions_per_chunk) - len(sequences), 0)
     chosen[sorted(surprise, key=lambda m: -surprise[m])[:wanted]] = True
-    return chosen, sorted(surprise)
+    return chosen, [m for a, b in sequences for m in range(a + 1, b)]
 
 
 @pytest.mark.parametrize("boundaries", ["any", "char-start", "char-end"])
@@ -58,15 +58,15 @@ def test_targets_against_numpy(boundaries, budget, ratio):
     for r, allowed in ((outer, could), (inner, None)):
         used, cu = int(r.cu_seqlens[-1]), r.cu_seqlens.tolist()
         could_here = np.ones(used, bool) if allowed is None else allowed.numpy()
-        expected, free = expected_targets(nats.double().numpy(), cu, places, could_here, ratio)
+        expected, taught = expected_targets(nats.double().numpy(), cu, places, could_here, ratio)
         t, may = teacher.targets(r, ratio)
         assert t[:used].tolist() == expected.tolist()
-        assert may.nonzero().flatten().tolist() == free
+        assert may.nonzero().flatten().tolist() == taught
         assert not t[used:].any()
         p = r.boundary_prob.double().numpy()
         inside = EDGE + (1 - 2 * EDGE) * p
-        bce = [-np.log(inside[m] if expected[m] else 1 - inside[m]) for m in free]
-        torch.testing.assert_close(teacher.loss(r, ratio).item(), float(np.mean(bce)) if free else 0.0)
+        bce = [-np.log(inside[m] if expected[m] else 1 - inside[m]) for m in taught]
+        torch.testing.assert_close(teacher.loss(r, ratio).item(), float(np.mean(bce)) if taught else 0.0)
         entropy = [-x * np.log(x) - (1 - x) * np.log(1 - x) if 0 < x < 1 else 0 for x in p[:used]]
         torch.testing.assert_close(mean_entropy(r).item(), float(np.mean(entropy)))
         places = [*(places[i] for i in r.chunk_start[: int(r.num_chunks)].tolist()), T]
@@ -80,13 +80,13 @@ def test_gradients_against_the_formulas():
     p = r.boundary_prob.double()
     p[5], p[6] = 0.0, 1.0
     r = r._replace(boundary_prob=p.requires_grad_())
-    t, free = Teacher(nats).targets(r, ratio)
+    t, taught = Teacher(nats).targets(r, ratio)
     x = EDGE + (1 - 2 * EDGE) * p.detach()
     loss = Teacher(nats).loss(r, ratio)
     found, none = torch.autograd.grad(loss, (p, nats), allow_unused=True)
     assert none is None
-    slope = torch.where(free, (x - t.double()) / (x * (1 - x)), 0)
-    torch.testing.assert_close(found, slope * (1 - 2 * EDGE) / free.sum())
+    slope = torch.where(taught, (x - t.double()) / (x * (1 - x)), 0)
+    torch.testing.assert_close(found, slope * (1 - 2 * EDGE) / taught.sum())
     torch.autograd.gradcheck(
         lambda p: Teacher(nats).loss(r._replace(boundary_prob=p), ratio), x.clone().requires_grad_()
     )
