@@ -57,8 +57,9 @@ bench: setup
 LEARNING := $(BIN)/python -m benchmarks.learning
 learning: setup
 	@test -f "$(DATA)" || { echo "make learning DATA=FILE: the text to learn from, such as tinyshakespeare.txt"; exit 1; }
-	$(LEARNING) --data "$(DATA)" --seconds 20 30 60 120 --seeds 3
-	$(LEARNING) --data "$(DATA)" --seconds 300 --seeds 1
+	$(LEARNING) --data "$(DATA)" --seconds 30 60 120 --seeds 3 --models hnet isotropic nanogpt
+	$(LEARNING) --data "$(DATA)" --seconds 120 --seeds 3 --models isotropic+ngrams
+	$(LEARNING) --data "$(DATA)" --seconds 300 --seeds 1 --models hnet isotropic
 	$(LEARNING) plot
 
 smoke: setup
