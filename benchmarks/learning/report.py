@@ -6,10 +6,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from hnet.plots.run import STAGE_COLORS, STYLE
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -79,6 +75,10 @@ def picture(corpus: str) -> Path:
 
 def draw(rows: list[Row], path: Path) -> None:
     """What runs of each length ended with: the mean over seeds, and every seed as a point."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)

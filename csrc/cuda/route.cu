@@ -72,7 +72,8 @@ __device__ Probability probability(const T* q, const T* k, int64_t D, bool vecto
 template <class T>
 __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared& sh) {
   int first = 0, ordinary = 0;
-  Totals head{0.0f, 0.0f}, tail{0.0f, 0.0f};
+  Totals &head = sh.head[warp()], &tail = sh.tail[warp()];  // of lane 0: there are no registers left for them
+  if (lane() == 0) head = tail = {0.0f, 0.0f};
   int64_t n = 0, seq_begin = -1, seq_end = seg.begin;  // the sequence at hand; -1: padding after the last
   for (int64_t t = seg.begin + warp(); t < seg.end; t += kWarps) {
     if (t >= seq_end) {
@@ -91,12 +92,12 @@ __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared&
     }
     first += code == kFirst;
     ordinary += code == kOrdinary;
-    if (seq_begin < seg.begin) {
-      add(head, r.p);
-    } else if (seq_end > seg.end) {
-      add(tail, r.p);
-    }
     if (lane() == 0) {
+      if (seq_begin < seg.begin) {
+        add(head, r.p);
+      } else if (seq_end > seg.end) {
+        add(tail, r.p);
+      }
       a.prob[t] = r.p;
       a.cos[t] = r.cos;
       a.inv_q[t] = r.inv_q;
@@ -104,10 +105,7 @@ __device__ void route_segment(const RouteFwd& a, Segment seg, Board all, Shared&
       a.mask[t] = uint8_t(code);
     }
   }
-  if (lane() == 0) {
-    sh.first[warp()] = first, sh.ordinary[warp()] = ordinary;
-    sh.head[warp()] = head, sh.tail[warp()] = tail;
-  }
+  if (lane() == 0) sh.first[warp()] = first, sh.ordinary[warp()] = ordinary;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kWarps; ++w) {
