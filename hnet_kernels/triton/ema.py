@@ -202,9 +202,9 @@ def _ema_bwd_kernel(
 # --- launches -----------------------------------------------------------------------------------------------------
 
 
-def _plan(precise: bool, **constexprs):
+def _plan(precise: bool, most: int = 128, **constexprs):
     def plan(D, dtype, gpu):
-        width, warps = (32, 4) if gpu == "gfx942" else (128, 8)
+        width, warps = (32, 4) if gpu == "gfx942" else (most, 8)
         constants = {"D": D, **constexprs, "BLOCK": BLOCK_T, "BLOCK_D": block_columns(D, width)}
         return constants | ({"PRECISION": dot_precision(gpu)} if precise else {}), {"num_warps": warps, "num_stages": 1}
 
@@ -234,7 +234,7 @@ FWD = Kernel(
         "z": "*T", "p": "*fp32", "cu_seqlens": "*i32", "initial": "*fp32", "carry": "*fp32", "y": "*T",
         "final": "*fp32", **SIZES, "z_stride": "i32",
     },
-    _plan(True, HAS_INITIAL=True),
+    _plan(True, 64, HAS_INITIAL=True),
     few_warps=NO_TRAINING,
 )  # fmt: skip
 BWD = Kernel(
