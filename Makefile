@@ -63,7 +63,7 @@ learning: setup
 	$(LEARNING) plot
 
 smoke: setup
-	$(BIN)/python -m pytest benchmarks -q --smoke
+	$(PYTEST) benchmarks -q --smoke
 
 # The packages of .venv lend what the wheel depends on; its own hooks, such as our editable install, stay behind
 wheel: setup

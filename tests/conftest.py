@@ -6,6 +6,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
+    # the longest first, or a worker is left alone with them
+    items.sort(key=lambda item: "test_triton_interpreted" not in item.nodeid)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

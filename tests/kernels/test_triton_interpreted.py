@@ -28,14 +28,18 @@ LEFT_OUT = [
     "global",
     "inductor",
     "wrong_arguments",
+    "mamba2-stepped",
+    "mamba2-turned",
+    "mamba2-same",
     "all-dtype1",
     "all-dtype2",
 ]
 FILES = [
     "test_route test_entropy test_dechunk",
     "test_pool test_ratio_loss",
-    "test_ema test_strides test_triton_launches test_torch_integration",
     "test_mamba2",
+    "test_strides test_torch_integration",
+    "test_ema test_triton_launches",
 ]
 
 

@@ -75,7 +75,7 @@ def straight(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_a_run_that_lost_a_process_ends_as_one_that_did_not(straight, seed, tmp_path):
     parallel, run, folder = straight
     draw = random.Random(f"{parallel} {seed}")
