@@ -34,7 +34,7 @@ def draw_speed(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(own)), [r["op"] for r in own])
         axes.invert_yaxis()
         axes.margins(x=0.1)
-        axes.set_xlabel("time of the fastest other form / ours: forward and backward, bf16, 2 CPU threads")
+        axes.set_xlabel("time of the fastest other form / ours (forward and backward, bf16)")
         axes.legend(loc="lower right")
         figure.savefig(path, metadata={"Software": None})
 
