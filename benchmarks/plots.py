@@ -47,13 +47,16 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(own), squeeze=False)[0]
         for axes, r in zip(panels, own, strict=True):
-            axes.loglog(
-                [int(n) for n in r["seconds"]], [1e3 * t for t in r["seconds"].values()], "o-", color=STAGE_COLORS[0]
-            )
+            sizes, ms = [int(n) for n in r["seconds"]], [1e3 * t for t in r["seconds"].values()]
+            axes.loglog(sizes, ms, "o-", color=STAGE_COLORS[0])
             axes.set_xlabel(r["op"].removeprefix("round trip over "))
             axes.set_title(f"slope {r['slope']:.2f}", fontsize=11)
             low, high = (f(t for r in own for t in r["seconds"].values()) for f in (min, max))
             axes.set_ylim(0.7e3 * low, 1.4e3 * high)
+            axes.minorticks_off()
+            axes.set_xticks(sizes[::2], [str(n) for n in sizes[::2]])
+            ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200) if 700 * low < t < 1400 * high]
+            axes.set_yticks(ticks, [str(t) for t in ticks])
         panels[0].set_ylabel("ms, forward and backward")
         figure.savefig(path, metadata={"Software": None})
 

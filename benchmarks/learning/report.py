@@ -74,7 +74,7 @@ def picture(corpus: str) -> Path:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """What runs of each length ended with: the mean over seeds, and every seed as a point."""
+    """The runs of the greatest length on their way, the rate decaying to its end: mean over seeds, and every seed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,17 +83,14 @@ def draw(rows: list[Row], path: Path) -> None:
         figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        longest = max(r["amount"] for r in rows)
         for i, model in enumerate(names(rows, "model")):
-            own, color = [r for r in rows if r["model"] == model], STAGE_COLORS[i % len(STAGE_COLORS)]
-            amounts = sorted(names(own, "amount"))
-            means = [mean(r["val"] for r in own if r["amount"] == a) for a in amounts]
-            axes.plot(amounts, means, color=color, label=model)
-            axes.plot([r["amount"] for r in own], [r["val"] for r in own], "o", ms=3.5, color=color)
-        axes.set_xscale("log")
-        ticks = sorted(names(rows, "amount"))
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("seconds of training, rate decayed to the end of each")
+            own = [r["curve"] for r in rows if r["model"] == model and r["amount"] == longest]
+            for curve in own:
+                axes.plot([p[0] for p in curve], [p[-1] for p in curve], "o", ms=3.5, color=STAGE_COLORS[i])
+            means = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*own, strict=True)]
+            axes.plot([p[0] for p in means], [p[-1] for p in means], color=STAGE_COLORS[i], label=model)
+        axes.set_xlabel(f"seconds of training, of {longest:g}")
         axes.set_ylabel("held-out nats a byte")
         axes.legend()
         figure.savefig(path, metadata={"Software": None})
