@@ -1,6 +1,6 @@
 """Muon as `torch.optim.Muon` defines it, in steps that look at nothing on the device: the rate may be a tensor, and
 `found_inf` (as AdamW has it) skips the step. That one makes a Python number of the rate. Matrices of one shape, either
-way up, go through the Newton-Schulz iterations together: for those of a small model that is up to twice as fast.
+way up, go through the Newton-Schulz iterations together: one by one, those of a small model leave a processor idle.
 
 Where matrices are spread over the processes by rows (fsdp), momentum and weight decay keep to the rows that are here.
 Only the direction, which Newton-Schulz iterations find, takes the whole: one matrix at a time is joined, in bf16, in
