@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hnet.errors import PathTaken, user_path
 from hnet.generate.engine import stream_text
-from hnet.segment import boundaries, render_plain, render_rich
+from hnet.segment import render_plain, render_rich, segment
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 
@@ -97,11 +97,12 @@ def demo(out: str, steps: int) -> None:
     for piece in stream_text(model, PROMPT, max_new_bytes=320, temperature=0.6, top_p=0.95, seed=0):
         console.print(piece, end="", markup=False)
     text = snippet(trainer)
-    starts = boundaries(model, text)[0]
+    chunks = segment(model, text)
+    starts = chunks.stages[0].starts
     console.print(
         f"\n\n[bold]Chunks[/] it learned, on held-out code ({len(text) / max(len(starts), 1):.1f} bytes a chunk)"
     )
-    console.print(render_rich(text, starts) if console.is_terminal else render_plain(text, starts), markup=False)
+    console.print(render_rich(chunks) if console.is_terminal else render_plain(chunks), markup=False)
     console.print(f"\nEverything is in {out}. More text: hnet generate {out} --prompt 'class '")
 
 

@@ -1,4 +1,4 @@
-"""`hnet generate` (also under its older name generate-chunk-lm) and `hnet segment`."""
+"""`hnet generate`, also under its older name generate-chunk-lm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hnet.chunk_lm import ChunkLM
 from hnet.device import pick_device
 from hnet.errors import UserError
 
-from .models import load, load_hnet
+from .models import load
 from .options import device_options
 
 
@@ -47,25 +47,3 @@ def generate(model: str, prompt: str | None, stateful: bool, device: str, dtype:
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
-
-
-@click.command()
-@click.argument("model", type=click.Path())
-@click.argument("file", type=click.File("rb"), default="-")
-@click.option("--bytes", "count", type=click.IntRange(1), default=2000, show_default=True, help="How much of FILE.")
-@click.option("--stage", default=0, show_default=True, help="Which stage's chunks, 0 is the outermost.")
-@device_options
-def segment(model: str, file: Any, count: int, stage: int, device: str, dtype: str) -> None:
-    """Show the chunks MODEL makes of FILE (default: standard input): colours on a terminal, bars in a pipe."""
-    from rich.console import Console
-
-    from hnet.segment import boundaries, render_plain, render_rich
-
-    text = file.read(count)
-    starts = boundaries(load_hnet(model, pick_device(device), dtype), text)
-    if not 0 <= stage < len(starts):
-        raise UserError(f"stage must be 0 to {len(starts) - 1} for this model, got {stage}")
-    console = Console(highlight=False)
-    console.print(
-        render_rich(text, starts[stage]) if console.is_terminal else render_plain(text, starts[stage]), markup=False
-    )

@@ -16,7 +16,8 @@ from hnet_kernels import __version__
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
 from .export import export
-from .generate import generate, segment
+from .generate import generate
+from .segment import segment
 from .train import train, train_chunk_lm
 
 

@@ -1,5 +1,6 @@
 """Looking at learned chunks."""
 
-from .render import boundaries, render_plain, render_rich
+from .boundaries import Segmentation, Stage, segment, segment_file
+from .render import render_plain, render_rich
 
-__all__ = ["boundaries", "render_plain", "render_rich"]
+__all__ = ["Segmentation", "Stage", "render_plain", "render_rich", "segment", "segment_file"]

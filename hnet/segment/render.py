@@ -1,50 +1,59 @@
-"""Text with its chunk boundaries made visible."""
+"""Chunks as lines of text: bars, or colours of a terminal."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
+import numpy as np
 from rich.text import Text
 
-from hnet.config import BOS
-from hnet.model.causal_lm import HNetForCausalLM
+from .boundaries import Segmentation
 
-COLOURS = ("on grey30", "on dark_green")
-
-
-@torch.no_grad()
-def boundaries(model: HNetForCausalLM, text: bytes) -> list[list[int]]:
-    """For each stage with routing, the byte offsets in `text` where its chunks begin, outermost first.
-
-    BOS is fed before the text; a chunk that begins at BOS counts as beginning at offset 0.
-    """
-    ids = torch.tensor([BOS, *text], device=model.embeddings.weight.device)
-    out = model(ids, cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device))
-    positions = torch.arange(len(ids), device=ids.device)
-    stages = []
-    for r in out.routing:
-        positions = positions[r.boundary_mask]
-        stages.append(sorted({max(p - 1, 0) for p in positions.tolist()}))
-    return stages
-
-
-def chunks(text: bytes, starts: list[int]) -> list[bytes]:
-    edges = [*starts, len(text)]
-    return [text[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b]
+BARS = "|‖⦀"  # where chunks begin of the first stage shown; of the second too; of more
+# Neighbours differ: dark and light take turns with every chunk, hues with every chunk of the next stage shown.
+COLOURS = (("white on #14505c", "white on #2a7f7a"), ("white on #53366b", "white on #8c4a78"))
+# What would steer a terminal or turn its text around, and line ends and tabs, as signs.
+SIGNS = {c: chr(0x2400 + c) for c in range(32)} | {9: "⇥", 10: "⏎\n", 0x7F: "␡"}
+SIGNS |= {c: f"\\u{c:04x}" for c in (*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F))}
+SIGNS |= {c: f"\\u{c:04x}" for c in range(0x2066, 0x206A)}
 
 
 def show(chunk: bytes) -> str:
-    """Readable on one line: line ends as ⏎, bytes that are no whole character as \\xNN."""
-    return chunk.decode("utf-8", errors="backslashreplace").replace("\n", "⏎\n").replace("\t", "⇥")
+    """Readable: control characters as signs, bytes that are no whole character as \\xNN."""
+    return chunk.decode("utf-8", errors="backslashreplace").translate(SIGNS)
 
 
-def render_plain(text: bytes, starts: list[int]) -> str:
-    """Chunks separated by a middle dot bar."""
-    return "|".join(show(c) for c in chunks(text, starts))
+def levels(s: Segmentation, stage: int | None = None) -> np.ndarray:
+    """(bytes,) uint8: of how many of the stages shown a chunk begins at each byte. All stages, or one."""
+    return s.depth if stage is None else (s.depth > stage).astype(np.uint8)
 
 
-def render_rich(text: bytes, starts: list[int]) -> Text:
-    """Chunks in alternating colours."""
+def _parts(s: Segmentation, stage: int | None) -> Iterator[tuple[int, str]]:
+    """(level, text) of every chunk of the first stage shown; level 0 for what goes on with the chunk before."""
+    level = levels(s, stage)
+    edges = sorted({0, *np.flatnonzero(level).tolist(), len(s.text)})
+    for a, b in zip(edges, edges[1:], strict=False):
+        yield int(level[a]), show(s.text[a:b])
+
+
+def render_plain(s: Segmentation, stage: int | None = None) -> str:
+    """A bar before every chunk but the first of the file. Pieces of a file: one after the other."""
+    out: list[str] = []
+    for level, text in _parts(s, stage):
+        out += [BARS[min(level, len(BARS)) - 1] if level and (out or s.offset) else "", text]
+    return "".join(out)
+
+
+def render_rich(s: Segmentation, stage: int | None = None, turns: list[int] | None = None) -> Text:
+    """Chunks in alternating colours, on alternating hues for those of the next stage, underlined for one further.
+
+    turns: 3 counts of chunks so far, which the call moves on: give every piece of a file the same list.
+    """
+    turns = [0, 0, 0] if turns is None else turns
     out = Text()
-    for i, c in enumerate(chunks(text, starts)):
-        out.append(show(c), style=COLOURS[i % len(COLOURS)])
+    for level, text in _parts(s, stage):
+        for i in range(min(level, len(turns))):
+            turns[i] += 1
+        style = COLOURS[turns[1] % 2][turns[0] % 2]
+        out.append(text, style=f"underline {style}" if turns[2] % 2 else style)
     return out

@@ -43,7 +43,7 @@ from hnet.model.hnet import candidates
 from hnet.model.pack import Pack
 from hnet.model.parameters import stage_parameters
 from hnet.model.router_metrics import decisiveness, router_sums
-from hnet.segment import boundaries, render_plain, render_rich
+from hnet.segment import render_plain, render_rich, segment
 
 from .compile import compile_blocks, compile_wanted
 from .compression import Compression
@@ -205,10 +205,10 @@ class HNetTask:
         shown = prompt if isinstance(prompt, str) else prompt.decode(errors="replace")
         parts = [f"--- continuation of {shown!r}\n{new.decode(errors='replace')}"]
         snippet = held_out[: 4 * c.sample_bytes]
-        stages = boundaries(self.model, snippet)
-        parts += [f"--- chunks of stage {i}\n{render_plain(snippet, starts)}" for i, starts in enumerate(stages)]
+        chunks = segment(self.model, snippet)
+        parts += [f"--- chunks of stage {i}\n{render_plain(chunks, i)}" for i in range(len(chunks.stages))]
         self.model.train()
-        return "\n".join(parts) + "\n", render_rich(snippet[:240], stages[0]) if stages else Text()
+        return "\n".join(parts) + "\n", render_rich(segment(self.model, snippet[:240])) if chunks.stages else Text()
 
     def lines(self, row: dict[str, Any]) -> list[str]:
         return []
