@@ -118,7 +118,7 @@ class RunConfig:
     spike_factor: float = key(
         6.0, "a loss this many deviations above its recent median, three steps long, is a spike; 0: off", low=0
     )
-    spike_rollback: bool = key(True, "return to the last checkpoint's weights at a spike")
+    spike_rollback: bool = key(True, "return to the last checkpoint before it at a spike")
     spike_lr_cut: float = key(1.0, "multiply the learning rate by this at a rollback", low=0, high=1)
 
     # run

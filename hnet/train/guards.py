@@ -28,6 +28,7 @@ CLOSED = 1.1  # chunks a sequence that is a collapse
 MISS = 0.25
 EXPLOSION = 20.0
 QUIET = 200  # steps before the same thing is said again
+SPIKE = 3  # steps far above the median that are a spike
 
 
 class Guards:
@@ -40,6 +41,7 @@ class Guards:
         self.recent: dict[str, deque[float]] = {}
         self.said: dict[str, int] = {}
         self.fresh: int | None = None  # the first step of a history that is yet to begin
+        self.sound = 0  # the last step whose weights came before the spike last seen
 
     def forget(self, step: int) -> None:
         """From `step` on rows are compared with each other only: before it the run was at other settings."""
@@ -54,7 +56,7 @@ class Guards:
                 del self.recent[key]
         events = self._finite(row)
         if not events:
-            events = self._spike(row["loss"])
+            events = self._spike(row["loss"], row["step"])
             stages = sorted({k.split("/")[0] for k in row if k.startswith("stage")})
             for s in stages:
                 events += [*self._compression(row, s), *self._gradient(row, s)]
@@ -86,19 +88,19 @@ class Guards:
             ]
         return [Event("non_finite", message)]
 
-    def _spike(self, loss: float) -> list[Event]:
+    def _spike(self, loss: float, step: int) -> list[Event]:
         if self.spike_factor and len(self.losses) >= WINDOW // 2:
             middle = median(self.losses)
             spread = max(1.48 * median(abs(x - middle) for x in self.losses), 0.02 * abs(middle))
             if loss > middle + self.spike_factor * spread:
                 self.spiking += 1
-                if self.spiking < 3:
+                if self.spiking < SPIKE:
                     return []
                 self.spiking = 0
                 self.losses.clear()
-                return [
-                    Event("loss_spike", f"loss spike: {loss:.3f} for 3 steps against {middle:.3f} before", "rollback")
-                ]
+                self.sound = step - SPIKE - 1  # the first loss that was high is of the weights of the step before it
+                message = f"loss spike: {loss:.3f} for {SPIKE} steps against {middle:.3f} before"
+                return [Event("loss_spike", message, "rollback")]
         self.spiking = 0
         self.losses.append(loss)
         return []

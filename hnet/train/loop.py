@@ -342,7 +342,9 @@ class Trainer:
         for e in events:
             if e.action == "abort":
                 raise RunFailed(f"step {self.step}: {e.message}")
-            if e.action == "rollback" and self.config.spike_rollback and (path := self.state.roll_back()):
+            if e.action != "rollback" or not self.config.spike_rollback:
+                continue
+            if path := self.state.roll_back(until=self.guards.sound):
                 self.guards.forget(self.step + 1)
                 if self.captured is not None:
                     self.captured.forget()

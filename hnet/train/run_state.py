@@ -154,9 +154,9 @@ class RunState:
             if cuda is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda, self.device)
 
-    def roll_back(self) -> Path | None:
-        """Weights and optimiser of the last checkpoint that all processes see, which is returned; None if there is no
-        checkpoint yet. Steps and data go on, and so do the task's curriculum, targets and controllers: the cutoff never
+    def roll_back(self, until: int) -> Path | None:
+        """Weights and optimiser of the last checkpoint up to step `until` that all processes see, which is returned;
+        None if there is no such checkpoint. Steps and data go on, and so do the task's curriculum, targets and controllers: the cutoff never
         falls.
 
         Raises:
@@ -164,7 +164,7 @@ class RunState:
         """
         self.background.join()  # an error of it is said at the next save
         distributed.barrier(self.world)
-        seen = distributed.gather(self._fingerprints(until=self.step), self.world)
+        seen = distributed.gather(self._fingerprints(until=until), self.world)
         common = [name for name, mark in seen[0].items() if all(s.get(name) == mark for s in seen)]
         if not common:
             if any(seen):

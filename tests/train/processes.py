@@ -136,7 +136,7 @@ def do(job: dict, results: str) -> None:
         if what == "make room" and rank == 0:
             make_room(Path(job["disk"]))
         if what == "roll back":
-            trainer.state.roll_back()
+            trainer.state.roll_back(until=trainer.step)
         return launch()
 
     trainer.start_step, trainer._report = step, report

@@ -114,8 +114,8 @@ def test_a_background_save_that_fails_costs_neither_the_next_nor_a_rollback(conf
     def full(*_):
         raise FULL
 
-    def roll_back():
-        assert trainer.state.roll_back().name == "step_00000004"
+    def roll_back(until=trainer.step):
+        assert trainer.state.roll_back(until=trainer.step).name == "step_00000004"
 
     before_step(trainer, 6, lambda: monkeypatch.setattr("hnet.train.distributed.torch.save", full))
     before_step(trainer, 9, roll_back)

@@ -74,9 +74,11 @@ def test_too_many_non_finite_steps_end_the_run(config):
         trainer.train()
 
 
-def test_loss_spike_rolls_back(config, monkeypatch):
+@pytest.mark.parametrize(("every", "back_to"), [(4, 8), (5, 5)])  # the checkpoint of step 10 is of broken weights
+def test_loss_spike_rolls_back_to_before_it(config, monkeypatch, every, back_to):
     monkeypatch.setattr(guards, "WINDOW", 12)
-    config = dataclasses.replace(config, steps=16, checkpoint_every=4, spike_lr_cut=0.5, schedule="constant")
+    config = dataclasses.replace(config, steps=16, checkpoint_every=every, eval_every=every)  # the best is kept too
+    config = dataclasses.replace(config, spike_lr_cut=0.5, schedule="constant")
     trainer = Trainer(config)
     trainer.guards.losses = guards.deque(maxlen=12)
 
@@ -88,10 +90,10 @@ def test_loss_spike_rolls_back(config, monkeypatch):
     (spike,) = events(config, "loss_spike")
     assert spike["step"] == 12  # broken before the 10th, seen for three steps
     (back,) = events(config, "rollback")
-    assert "step_00000008; learning rate x 0.5" in back["message"]
+    assert f"step_{back_to:08d}; learning rate x 0.5" in back["message"]
     rows = {r["step"]: r for r in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in r}
     assert rows[12]["loss"] > 2 * rows[9]["loss"]
-    assert rows[13]["loss"] < 1.1 * rows[9]["loss"]  # the weights of step 8, on new data
+    assert rows[13]["loss"] < 1.1 * rows[9]["loss"]  # the weights of then, on new data
     assert rows[13]["lr"] == pytest.approx(0.5 * rows[12]["lr"])
 
 
@@ -301,7 +303,7 @@ def test_a_rollback_leaves_the_controller_and_the_target(config):
     compression.stages[0].logit_bias.fill_(1.5)
     compression.notch = 3
     trainer.model.lm_head.weight.data.zero_()
-    trainer.state.roll_back()
+    trainer.state.roll_back(until=trainer.step)
     assert torch.equal(trainer.model.state_dict()["lm_head.weight"], saved["lm_head.weight"])
     assert (compression.stages[0].logit_bias.item(), compression.notch) == (1.5, 3)
 
