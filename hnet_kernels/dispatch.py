@@ -33,6 +33,10 @@ CUDA_PREFERRED: frozenset[str] = frozenset()
 CPU_OPS = frozenset({"add_rms_norm", "attention", "cross_entropy", "gated_conv", "swiglu"})
 
 
+class BackendUnavailable(RuntimeError):
+    """The backend that was named cannot run here."""
+
+
 def _check_name(name: str, where: str) -> str:
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"{where} must be one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
@@ -146,7 +150,7 @@ def _choose(name: str, op: str, device_type: str, dtype: torch.dtype, of_many: b
         if why_not(runs, op, device_type, dtype) is None:
             return runs
         reasons = "".join(f"\n  {b}: {why_not(b, op, device_type, dtype) or 'usable'}" for b in BACKENDS)
-        raise RuntimeError(f"backend {name!r} cannot run {op} here:{reasons}")
+        raise BackendUnavailable(f"backend {name!r} cannot run {op} here:{reasons}")
     order: tuple[str, ...] = ("cuda", "triton", "cpu") if _preferred.get(op) == "cuda" else ("triton", "cuda", "cpu")
     if device_type == "cpu":
         order = ("cpu",)  # the interpreter is for proving kernels, never a default
@@ -162,7 +166,7 @@ def resolve(name: str | None, op: str, x: Tensor) -> str:
 
     Raises:
         ValueError: `name` is not a backend.
-        RuntimeError: the backend named cannot run here; the message has the reason of each.
+        BackendUnavailable: the backend named cannot run here; the message has the reason of each.
     """
     if name is None:
         return _choose(_active, op, x.device.type, x.dtype, True)

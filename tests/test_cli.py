@@ -36,6 +36,16 @@ def test_train_flag_beats_file_beats_default(run):
     assert "step 5/5" in r.stdout
 
 
+def test_a_backend_that_cannot_run_here_is_one_line(run):
+    from hnet_kernels import backend
+
+    with backend("cuda"):  # what HNET_KERNELS_BACKEND=cuda sets
+        r = CliRunner().invoke(main, ["eval", str(run[0]), str(STDLIB / "email" / "header.py")])
+    assert r.exit_code == 1
+    assert isinstance(r.exception, SystemExit), r.exception  # no traceback
+    assert "Error: backend 'cuda' cannot run" in r.output
+
+
 def test_version():
     from importlib.metadata import version
 

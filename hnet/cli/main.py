@@ -12,6 +12,7 @@ import click
 from hnet.device import out_of_memory
 from hnet.errors import UserError
 from hnet_kernels import __version__
+from hnet_kernels.dispatch import BackendUnavailable
 
 from .diagnose import diagnose, plot
 from .evaluate import evaluate
@@ -22,12 +23,15 @@ from .train import train, train_chunk_lm
 
 
 class OneLineErrors(click.Group):
-    """Mistakes of users (`UserError`) end in one line and exit code 1; all else is our bug: a traceback."""
+    """Mistakes of users (`UserError`, a backend that cannot run here) end in one line and exit code 1.
+
+    All else is our bug: a traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as e:
+        except (UserError, BackendUnavailable) as e:
             if ctx.params.get("traceback"):
                 raise
             raise click.ClickException(" ".join(str(e).split())) from None
