@@ -34,13 +34,14 @@ from ..harness import machine
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "decisive.json"
 OFF: dict[str, Any] = {"entropy_weight": [0.0], "surprisal_weight": [0.0]}
-SCHEDULE = {"surprisal_warmup": 0.1, "entropy_start": 0.3, "entropy_warmup": 0.3}
+SCHEDULE = {"surprisal_warmup": 0.1, "entropy_start": 0.3, "entropy_warmup": 0.3, "surprisal_gain": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "undecided": OFF,
     "entropy": OFF | SCHEDULE | {"entropy_weight": [0.1]},
     "surprisal": OFF | SCHEDULE | {"surprisal_weight": [0.1]},
     "both": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.1]},
     "both_firm": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.2]},
+    "held": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.2], "surprisal_gain": 0.02},
 }
 KINDS = ("whitespace", "word_start", "second_letter", "inside_word", "other")
 
@@ -81,6 +82,10 @@ def score(model: HNetForCausalLM, corpus: Any, seq_len: int, batch_bytes: int) -
         "val_ce": loss.ce, "bytes_per_chunk": loss.bytes_per_chunk[0], "F": float(mask.mean()), "G": float(prob.mean()),
         "p_on": float(prob[on].mean()), "p_off": float(prob[off].mean()),
         "undecided": float(((prob > 0.1) & (prob < 0.9))[free].mean()),
+        "inner": [  # of the stages further in, first positions of sequences among the boundaries
+            {"bytes_per_chunk": n, "F": stage / n, **d}
+            for n, stage, d in zip(loss.bytes_per_chunk[1:], loss.bytes_per_chunk, loss.decisiveness[1:], strict=False)
+        ],
         "boundaries": dict(zip(KINDS, share.tolist(), strict=True)),
         "bytes": dict(zip(KINDS, (np.bincount(what[free], minlength=5) / free.sum()).tolist(), strict=True)),
     }  # fmt: skip
@@ -119,9 +124,10 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         values = override(read_toml(ROOT / "configs" / "laptop.toml", TrainConfig), {
-            **ARMS[key["arm"]], **prepare(a.data, a.val, out, a.bytes), "compression": [key["target"]],
+            **ARMS[key["arm"]], **prepare(a.data, a.val, out, a.bytes),
             "seed": key["seed"], "steps": a.steps, "batch_bytes": a.batch_bytes, "seq_len": a.seq_len,
             "documents": a.documents, "boundaries": a.boundaries, "ngrams": a.ngrams, "ngram_dropout": 0.5,
+            **shape(a, key["target"]),
             "device": "cpu", "plots": False, "sample_bytes": 0,
             "eval_every": a.steps, "eval_bytes": 4096, "checkpoint_every": a.steps, "out": str(out / "run"),
         })  # fmt: skip
@@ -134,6 +140,12 @@ def run(a: argparse.Namespace, key: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def shape(a: argparse.Namespace, target: float) -> dict[str, Any]:
+    """Keys of the model, if it is not the recipe's, and its targets."""
+    own = {"arch": a.arch, "d_model": a.widths} if a.arch else {}
+    return own | {"compression": [target, *a.inner_targets]}
+
+
 def command(a: argparse.Namespace, key: dict[str, Any]) -> str:
     """That makes this row again, but for where the data are."""
     words = ["python -m benchmarks.learning.decisive --data", a.data.name, "--name", key["data"]]
@@ -141,6 +153,8 @@ def command(a: argparse.Namespace, key: dict[str, Any]) -> str:
     for flag in ("steps", "batch_bytes", "seq_len", "documents", "boundaries"):
         words += [f"--{flag.replace('_', '-')}", str(getattr(a, flag))]
     words += ["--ngrams", *map(str, a.ngrams)] if a.ngrams else []
+    words += ["--arch", repr(a.arch), "--widths", *map(str, a.widths)] if a.arch else []
+    words += ["--inner-targets", *(f"{n:g}" for n in a.inner_targets)] if a.inner_targets else []
     words += ["--val", a.val.name] if a.val else []
     words += ["--bytes", str(a.bytes)] if a.data.is_dir() else []
     return " ".join(words)
@@ -161,6 +175,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--documents", default="file")
     parser.add_argument("--boundaries", default="any")
     parser.add_argument("--ngrams", nargs="*", type=int, default=[], help="of the recipe's embeddings; default: none")
+    parser.add_argument("--arch", default="", help="another model, as for `hnet train --arch`; name its rows by --name")
+    parser.add_argument("--widths", nargs="*", type=int, default=[], help="its d_model")
+    parser.add_argument("--inner-targets", nargs="*", type=float, default=[], help="of the stages further in")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--targets", nargs="+", type=float, default=[4.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -3,7 +3,11 @@
 The ratio loss equals 1 for every F when G = 1/N, so by itself it may rest far from the target; the controller closes
 the loop on F itself. "bias" integrates a logit bias of every stage, b <- b - gain (F N - 1), which moves the rate and
 not the threshold, within +-8; the bias is saved in the model's config. "alpha" integrates the weight of the ratio loss,
-alpha <- alpha + gain alpha_0 (|F N - 1| - 0.02). Both stand still for the last tenth of the run.
+alpha <- alpha + gain alpha_0 (|F N - 1| - 0.02).
+
+A router that has decided hardly moves for either: its p are far from 1/2. Where one is taught (hnet.train.decisive),
+both also move what it is taught, with a gain of their own: the share of positions is 1/N e^c, c <- c - gain (F N - 1),
+within a factor of 2, from where the teacher acts in full. All stand still for the last tenth of the run.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from .config import TrainConfig
 TOLERANCE = 0.02
 MAX_BIAS = 8.0  # a factor of 3000 on the odds; what that does not reach cannot be reached
 MOST = 100.0  # times its start is as far as alpha goes
+MAX_TAUGHT = math.log(2.0)  # of c
 
 
 def auto_ratio_weight(parameters: int) -> float:
@@ -44,6 +49,7 @@ class Compression:
         self.base = float(weight)
         self.alpha = torch.full((len(self.stages),), self.base, device=device)
         self.warm = torch.ones((), device=device)  # share of alpha while it warms up
+        self.taught = torch.zeros(len(self.stages), device=device)  # c
         self.notch = 0
         self.at_limit: set[int] = set()  # stages whose bias has been reported
         self.plateau = ValidationPlateau(config.plateau_patience, config.plateau_cooldown, config.plateau_min_gain)
@@ -60,6 +66,19 @@ class Compression:
     def weights(self) -> Tensor:
         """(stages,) weight of every stage's ratio loss in the step that was prepared"""
         return self.alpha * self.warm if self.config.ratio_warmup else self.alpha
+
+    @property
+    def teaches(self) -> bool:
+        """Whether what is taught moves with the rate."""
+        c = self.config
+        return c.rate_control != "none" and c.surprisal_gain > 0 and any(c.surprisal_weight) and bool(self.stages)
+
+    def shares(self, step: int) -> list[Tensor | float]:
+        """The share of every stage's positions to teach as boundaries; () on the device where it is controlled."""
+        wanted = self.targets(step)
+        if not self.teaches:
+            return [1 / n for n in wanted]
+        return [f / n for f, n in zip(self.taught.exp().unbind(), wanted, strict=True)]
 
     def targets(self, step: int) -> list[float]:
         """Positions per chunk to aim at now."""
@@ -88,6 +107,9 @@ class Compression:
         else:
             move = c.rate_gain * max(self.base, 1e-3) * (error.abs().clamp(max=1) - TOLERANCE)
             self.alpha.add_(move.nan_to_num()).clamp_(self.base, MOST * max(self.base, 1e-3))
+        if self.teaches and step >= c.surprisal_warmup * c.steps:
+            move = c.surprisal_gain * error.clamp(-1, 1)
+            self.taught.sub_(move.nan_to_num()).clamp_(-MAX_TAUGHT, MAX_TAUGHT)
 
     def observe(self, val_ce: float) -> bool:
         """The cross entropy of an evaluation. With annealing by plateau: True if the target moved a notch."""
@@ -122,11 +144,13 @@ class Compression:
     def state_dict(self) -> dict[str, Any]:
         biases = [None if s.logit_bias is None else s.logit_bias.cpu() for s in self.stages]
         return {
-            "alpha": self.alpha.cpu(), "biases": biases, "notch": self.notch, "plateau": self.plateau.state_dict(),
+            "alpha": self.alpha.cpu(), "taught": self.taught.cpu(), "biases": biases, "notch": self.notch,
+            "plateau": self.plateau.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alpha.copy_(state["alpha"])
+        self.taught.copy_(state.get("taught", self.taught))  # not in 0.1.0
         self.notch = state["notch"]
         self.plateau.load_state_dict(state["plateau"])
         for s, b in zip(self.stages, state["biases"], strict=True):

@@ -81,6 +81,12 @@ class TrainConfig(RunConfig):
         low=0,
     )
     surprisal_warmup: float = key(0.1, "share of the steps over which surprisal_weight grows from 0", low=0, high=1)
+    surprisal_gain: float = key(
+        0.02,
+        "with rate_control: how far the share of positions that is taught moves a step for an error of 100 %, as a "
+        "power of e, at most a factor of 2; 0: 1/N of them",
+        low=0,
+    )
     boundaries: str = key(
         "any",
         "where chunks may begin: any, char-start, char-end (first or last byte of UTF-8 characters)",

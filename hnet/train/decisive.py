@@ -3,13 +3,13 @@
 The ratio loss leaves p undecided for ever: at F = 1/N it has no gradient for G. Two terms, either or both, a weight for
 every stage, written to the device before each step (`prepare`), so that a captured step follows them:
 
-surprisal   + weight x mean BCE(p, t), t = 1 at the 1/N positions of the pack after which the model is least sure of
-            what comes, first positions of sequences (which are boundaries anyway) counted among them: the inner
-            network makes its vector where it is needed, as at the space before a word. Least sure: the entropy of
-            what is predicted, which is the expected surprisal (the surprisal of the byte that came is the same with
-            noise, by which no p gets certain), summed until the next position: in the outermost stage the next byte;
-            where boundaries keep to characters, the next character; further in the bytes of the chunk. A constant: no
-            gradient flows into predictions.
+surprisal   + weight x mean BCE(p, t), t = 1 at the 1/N positions of the pack (or at the share that holds the rate,
+            hnet.train.compression) after which the model is least sure of what comes, first positions of sequences
+            (which are boundaries anyway) counted among them: the inner network makes its vector where it is needed,
+            as at the space before a word. Least sure: the entropy of what is predicted, which is the expected
+            surprisal (the surprisal of the byte that came is the same with noise, by which no p gets certain), summed
+            until the next position: in the outermost stage the next byte; where boundaries keep to characters, the
+            next character; further in the bytes of the chunk. A constant: no gradient flows into predictions.
 entropy     + weight x mean H(p), H the binary entropy in nats: pushes every p to 0 or 1, whichever it is nearer to.
             It freezes what is ahead when it acts, so it starts late and grows slowly.
 
@@ -80,9 +80,10 @@ class Teacher:
         self.place = torch.arange(len(nats) + 1, device=nats.device)  # where each row of the stage begins; the end
         self.candidates = candidates
 
-    def loss(self, r: hk.Routing, positions_per_chunk: float) -> Tensor:
-        """() mean BCE(p, t) of a stage over all positions but first ones."""
-        t, taught = self.targets(r, positions_per_chunk)
+    def loss(self, r: hk.Routing, share: Tensor | float) -> Tensor:
+        """() mean BCE(p, t) of a stage over all positions but first ones; t = 1 at `share` of all, first ones among
+        them."""
+        t, taught = self.targets(r, share)
         p = inside(r.boundary_prob)
         bce = -torch.where(t, p, 1 - p).log()
         self.place = self.place[F.pad(r.chunk_start.long(), (0, 1), value=len(p))]
@@ -90,7 +91,7 @@ class Teacher:
         return torch.where(taught, bce, 0).sum() / taught.sum().clamp(min=1)
 
     @torch.no_grad()
-    def targets(self, r: hk.Routing, positions_per_chunk: float) -> tuple[Tensor, Tensor]:
+    def targets(self, r: hk.Routing, share: Tensor | float) -> tuple[Tensor, Tensor]:
         """(T,) bool, t of every position; and which are taught: neither first nor padding. Those that are no candidates
         are taught 0: nothing else would keep entropy from making them 1."""
         T, used = len(r.boundary_prob), r.cu_seqlens[-1]
@@ -104,7 +105,7 @@ class Teacher:
         free = could & ~begins
         nats = torch.where(free, self.before[self.place[stop]] - self.before[self.place[:-1]], -torch.inf)
         sequences = (r.cu_seqlens.diff() > 0).sum()  # each begins a chunk
-        wanted = torch.minimum((used / positions_per_chunk).round().long() - sequences, free.sum())
+        wanted = torch.minimum((used * share).round().long() - sequences, free.sum())
         least = nats.sort(descending=True).values.gather(0, (wanted - 1).clamp(min=0)[None])
         return free & (nats >= least) & (wanted > 0), taught
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,12 @@ def losses(
     straight_through: bool = False,
     label_smoothing: float = 0.0,
     decisive: Decisive | None = None,
+    shares: Sequence[Tensor | float] | None = None,
     candidates: Tensor | None = None,
 ) -> Losses:
     """logits (T, vocab), targets (T,) int64; a target ratio for each Routing; weights (stages,) of the ratio losses.
-    candidates (T,) bool: where chunks of the outermost stage may begin, if not anywhere (asked for by `decisive`)."""
+    Asked for by `decisive`: shares, of every stage's positions to teach as boundaries, default 1 / compression;
+    candidates (T,) bool: where chunks of the outermost stage may begin, if not anywhere."""
     taught = decisive is not None and decisive.surprisal is not None
     nats, unsure = hk.cross_entropy(logits, targets, with_entropy=taught)
     loss = ce = nats.mean()
@@ -64,6 +67,8 @@ def losses(
         loss = loss + torch.dot(decisive.entropy, torch.stack([mean_entropy(r) for r in routing]))
     if decisive is not None and decisive.surprisal is not None and unsure is not None:
         teacher = Teacher(unsure, candidates)
-        taught_losses = [teacher.loss(r, n) for r, n in zip(routing, compression, strict=True)]
+        taught_losses = [
+            teacher.loss(r, share) for r, share in zip(routing, shares or [1 / n for n in compression], strict=True)
+        ]
         loss = loss + torch.dot(decisive.surprisal, torch.stack(taught_losses))
     return Losses(loss, ce, sum(ratios, start=ce.new_zeros(())), stages)

@@ -108,13 +108,14 @@ class HNetTask:
         alone = c.ratio_reduction == "global" and (self.world.size == 1 or not model.training)
         # a rare pack of very short documents has more sequences than the budget, and each begins a chunk
         budget = [max(math.ceil(m * n), batch.cu_seqlens.shape[0] - 1) for m in c.max_chunks] or None
+        shares = self.compression.shares(step)
         with self.autocast():
             out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, max_chunks=budget)
         result = losses(
             out.logits, batch.targets, out.routing, self.compression.targets(step), self.compression.weights(),
             reduction="batch" if alone else c.ratio_reduction, straight_through=c.straight_through,
             label_smoothing=c.label_smoothing if model.training else 0.0,
-            decisive=self.decisive, candidates=self._candidates(batch),
+            decisive=self.decisive, shares=shares, candidates=self._candidates(batch),
         )  # fmt: skip
         lengths = [batch.cu_seqlens.diff(), *(r.cu_chunks.diff() for r in out.routing)]
         flops = torch.stack([cost.of(x) for cost, x in zip(self.costs, lengths, strict=True)]).sum()
@@ -122,6 +123,8 @@ class HNetTask:
         for i, (s, r) in enumerate(zip(result.stages, out.routing, strict=True)):
             if (bias := self.compression.stages[i].logit_bias) is not None:
                 means[f"stage{i}/logit_bias"] = bias
+            if isinstance(share := shares[i], Tensor):
+                means[f"stage{i}/taught"] = share
             means |= {
                 f"stage{i}/F": s.F, f"stage{i}/G": s.G, f"stage{i}/ratio_loss": s.ratio_loss,
                 f"stage{i}/chunks": s.chunks / n,
@@ -162,8 +165,7 @@ class HNetTask:
                 f"{s}/ratio_loss": means[f"{s}/ratio_loss"],
                 f"{s}/chunks_per_sequence": chunks / max(means[f"{s}/sequences"], 1e-9),
             }  # fmt: skip
-            if f"{s}/logit_bias" in means:
-                row[f"{s}/logit_bias"] = means[f"{s}/logit_bias"]
+            row |= {k: means[k] for k in (f"{s}/logit_bias", f"{s}/taught") if k in means}
             if c.max_chunks:
                 row[f"{s}/dropped"] = round(means[f"{s}/dropped"] * c.batch_bytes)
         return row

@@ -81,7 +81,7 @@ OPTIONS = {
     "dropout+alpha+warm-ups": {
         "dropout": 0.1, "rate_control": "alpha", "ratio_warmup": 8, "label_smoothing": 0.1, "warmup_steps": 6,
         "boundaries": "char-end", "async_checkpoints": True, "entropy_weight": [0.1], "entropy_start": 0.2,
-        "entropy_warmup": 0.5, "surprisal_weight": [0.05], "surprisal_warmup": 0.8,
+        "entropy_warmup": 0.5, "surprisal_weight": [0.05], "surprisal_warmup": 0.4,
     },
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,28 @@ def test_bias_moves_against_the_error_and_freezes(config):
     c.after_step(2, torch.tensor([torch.nan]))
     c.after_step(90, torch.tensor([1.0]))  # the last tenth
     assert stage.logit_bias.item() == pytest.approx(-0.05)
+
+
+def test_what_is_taught_moves_against_the_error_and_freezes(config):
+    """As a power of e, from where the teacher acts in full, by at most 2; numbers, not tensors, where nothing moves."""
+    terms = {"surprisal_weight": [0.1], "surprisal_warmup": 0.1, "surprisal_gain": 0.1}
+    c, _ = make(config, rate_control="bias", compression=[4.0], steps=100, **terms)
+    share = [c.shares(0)[0].item()]
+    for step, F in ((9, 0.5), (10, 0.375), (11, 0.125), (12, torch.nan), (90, 1.0)):
+        c.after_step(step, torch.tensor([F]))
+        share.append(c.shares(step)[0].item() * 4)
+    assert share == pytest.approx([0.25, 1, math.exp(-0.05), 1, 1, 1])
+    for F, limit in ((0.9, 0.5), (0.0, 2.0)):
+        for step in range(10, 50):
+            c.after_step(step, torch.tensor([F]))
+        assert c.shares(50)[0].item() * 4 == pytest.approx(limit)
+    for change in ({"rate_control": "none"}, {"surprisal_gain": 0.0}, {"surprisal_weight": [0.0]}):
+        c, _ = make(config, **{"rate_control": "bias", "compression": [4.0], "steps": 100, **terms, **change})
+        c.after_step(20, torch.tensor([0.5]))
+        assert c.shares(21) == [0.25]
+        assert c.taught.item() == 0
+    with pytest.raises(ValueError, match="surprisal_gain must be at least 0, got -0.1"):
+        make(config, surprisal_gain=-0.1)
 
 
 @pytest.mark.parametrize(("F", "limit"), [(0.9, -8.0), (0.001, 8.0)])

@@ -12,6 +12,8 @@ from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.hnet import candidates
 from hnet.model.pack import Pack
+from hnet.train.checkpoint import load_trainer
+from hnet.train.compression import Compression
 from hnet.train.decisive import EDGE, Decisive, Teacher, mean_entropy
 from hnet.train.loop import Trainer
 from hnet.train.losses import losses
@@ -59,14 +61,14 @@ def test_targets_against_numpy(boundaries, budget, ratio):
         used, cu = int(r.cu_seqlens[-1]), r.cu_seqlens.tolist()
         could_here = np.ones(used, bool) if allowed is None else allowed.numpy()
         expected, taught = expected_targets(nats.double().numpy(), cu, places, could_here, ratio)
-        t, may = teacher.targets(r, ratio)
+        t, may = teacher.targets(r, 1 / ratio)
         assert t[:used].tolist() == expected.tolist()
         assert may.nonzero().flatten().tolist() == taught
         assert not t[used:].any()
         p = r.boundary_prob.double().numpy()
         inside = EDGE + (1 - 2 * EDGE) * p
         bce = [-np.log(inside[m] if expected[m] else 1 - inside[m]) for m in taught]
-        torch.testing.assert_close(teacher.loss(r, ratio).item(), float(np.mean(bce)) if taught else 0.0)
+        torch.testing.assert_close(teacher.loss(r, 1 / ratio).item(), float(np.mean(bce)) if taught else 0.0)
         entropy = [-x * np.log(x) - (1 - x) * np.log(1 - x) if 0 < x < 1 else 0 for x in p[:used]]
         torch.testing.assert_close(mean_entropy(r).item(), float(np.mean(entropy)))
         places = [*(places[i] for i in r.chunk_start[: int(r.num_chunks)].tolist()), T]
@@ -80,15 +82,15 @@ def test_gradients_against_the_formulas():
     p = r.boundary_prob.double()
     p[5], p[6] = 0.0, 1.0
     r = r._replace(boundary_prob=p.requires_grad_())
-    t, taught = Teacher(nats).targets(r, ratio)
+    t, taught = Teacher(nats).targets(r, 1 / ratio)
     x = EDGE + (1 - 2 * EDGE) * p.detach()
-    loss = Teacher(nats).loss(r, ratio)
+    loss = Teacher(nats).loss(r, 1 / ratio)
     found, none = torch.autograd.grad(loss, (p, nats), allow_unused=True)
     assert none is None
     slope = torch.where(taught, (x - t.double()) / (x * (1 - x)), 0)
     torch.testing.assert_close(found, slope * (1 - 2 * EDGE) / taught.sum())
     torch.autograd.gradcheck(
-        lambda p: Teacher(nats).loss(r._replace(boundary_prob=p), ratio), x.clone().requires_grad_()
+        lambda p: Teacher(nats).loss(r._replace(boundary_prob=p), 1 / ratio), x.clone().requires_grad_()
     )
     q, k = torch.randn(2, T, 8, dtype=torch.float64).requires_grad_()
     r = hk.route(q, k, CU, backend="reference")
@@ -142,12 +144,14 @@ def test_weights_over_the_run(config):
 def test_resume_is_exact_while_the_weights_move(config):
     config = dataclasses.replace(
         config, accumulation=2, arch="c1 m1T1 T1", d_model=[32, 64, 64], windows=[15, 15, -1], compression=[3.0, 2.0],
-        entropy_weight=[0.1], entropy_start=0.3, entropy_warmup=0.6, surprisal_weight=[0.5, 0.2], surprisal_warmup=1.0,
-        steps=4, checkpoint_every=2, eval_every=4,
+        entropy_weight=[0.1], entropy_start=0.3, entropy_warmup=0.6, surprisal_weight=[0.5, 0.2], surprisal_warmup=0.25,
+        rate_control="bias", surprisal_gain=0.5, steps=4, checkpoint_every=2, eval_every=4,
     )  # fmt: skip
     run_with_a_crash(config, at=3)
     Trainer(dataclasses.replace(config, out=config.out + "2")).train()
     same_runs(Path(config.out), Path(config.out + "2"))
+    taught = load_trainer(Path(config.out) / "checkpoints" / "step_00000002")["task"]["taught"]
+    assert (taught.abs() > 0.01).all()
 
 
 @pytest.mark.parametrize("terms", [{}, {"entropy_weight": [0.3], "surprisal_weight": [0.2]}], ids=["without", "with"])
@@ -179,3 +183,37 @@ def test_a_router_learns_to_decide(config, terms):
     else:
         assert p[b].mean() < 0.8
         assert p[~b].mean() > 0.2
+
+
+def run_loop(config, kinds, noise, pack=1024, router_lr=20.0):
+    """Closed loop with a router that has a logit for each of `kinds` kinds of positions, which are harder and harder to
+    predict, give or take `noise`, and follows the gradient of both terms. The mean F of the last tenth."""
+    config = config.validate()
+    c, d = Compression(config, HNetForCausalLM(config.model())), Decisive(config, 1, torch.device("cpu"))
+    g, logits = torch.Generator().manual_seed(0), torch.zeros(kinds)
+    r = routing(pack, torch.tensor([0, pack], dtype=torch.int32), 0)
+    rates = []
+    for step in range(config.steps):
+        c.prepare(step)
+        d.prepare(step)
+        kind = torch.randint(kinds, (pack,), generator=g)
+        p = (logits[kind] + c.stages[0].logit_bias).sigmoid()
+        nats = kind / kinds + noise * torch.randn(pack, generator=g)
+        t, taught = Teacher(nats).targets(r, c.shares(step)[0])
+        p, t = p[taught], t[taught].float()
+        slope = d.surprisal * (p - t) - d.entropy * p.logit(1e-6) * p * (1 - p)
+        logits -= router_lr * torch.zeros(kinds).index_add_(0, kind[taught], slope / pack)
+        rates.append((p > 0.5).float().mean())
+        c.after_step(step, rates[-1][None])
+    return float(torch.stack(rates[-config.steps // 10 :]).mean())
+
+
+@pytest.mark.parametrize("target", [3.0, 4.0, 8.0])
+def test_what_is_taught_holds_the_rate(config, target):
+    """A teacher that asks for 1/N gets fewer, or more: what is unsure is decided by the entropy, not by halves."""
+    config = dataclasses.replace(
+        config, compression=[target], steps=400, rate_control="bias", surprisal_weight=[0.1], entropy_weight=[0.2],
+    )  # fmt: skip
+    off = [abs(run_loop(dataclasses.replace(config, surprisal_gain=gain), 64, 0.6) * target - 1) for gain in (0, 0.02)]
+    assert off[0] > 0.08
+    assert off[1] < 0.03

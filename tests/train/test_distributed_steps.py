@@ -20,7 +20,12 @@ STEPS = {  # of one optimiser step
     "global": {"ratio_reduction": "global"},
     "bf16": {"dtype": "bf16"},
 }
-MUON = {"optimizer": "muon", "weight_decay": 0.1, "clipping": "off"}
+TERMS = {  # that make routers decide, and teach them a share that follows the rate
+    "surprisal_weight": [0.5], "surprisal_warmup": 0.0, "surprisal_gain": 0.5, "rate_control": "bias",
+    "entropy_weight": [0.3], "entropy_start": 0.0, "entropy_warmup": 0.0,
+}  # fmt: skip
+STEPS["terms"] = TERMS
+MUON = {"optimizer": "muon", "weight_decay": 0.1, "clipping": "off", **TERMS}
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +67,28 @@ NAMES = ["bytes", "loss", "ce", "ratio_loss", "grad_norm", "stage0/grad_norm", "
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["batch", "accumulated"])
+@pytest.mark.parametrize("name", ["batch", "accumulated", "terms"])
 def test_a_step_is_that_of_one_process(ran, parallel, name):
     folder, base = ran
     twice = 2 * STEPS[name].get("accumulation", 1)
-    alone = Trainer(dataclasses.replace(base, **STEP, accumulation=twice, out=str(folder / "x")))
+    terms = TERMS if name == "terms" else {}
+    alone = Trainer(dataclasses.replace(base, **STEP, **terms, accumulation=twice, out=str(folder / "x")))
     row = alone.train_step()
     close({"rows": [row], "state": state_of(alone)}, found(folder, f"{name}-{parallel}"), NAMES)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_muon_is_that_of_one_process(ran, parallel):
-    """To the bit, over four steps; clipping off, as the norm's last bit would not be, which the iterations multiply."""
+    """To the bit, over four steps, with a router that is taught; clipping off: the iterations multiply
+    the last bit of the norm."""
     folder, base = ran
     alone = Trainer(dataclasses.replace(base, **STEP, **MUON, accumulation=2, out=str(folder / "x")))
     before = {n: p.detach().clone() for n, p in alone.model.named_parameters()}
-    for _ in range(4):
-        alone.train_step()
+    rows = [alone.train_step() for _ in range(4)]
     two = found(folder, f"muon-{parallel}")
+    shares = [row["stage0/taught"] for row in rows]
+    assert len(set(shares)) == 4
+    assert shares == [row["stage0/taught"] for row in two["rows"]]
     equal(state_of(alone), two["state"])
     moments = [k.partition("/")[2] for k in two["state"] if k.startswith("momentum_buffer/")]
     assert len(moments) > 4

@@ -29,7 +29,7 @@ MODELS = {
                    "max_chunks": [0.7, 0.5]},
     "small": {"preset": "small", "max_chunks": [0.6]},
 }  # fmt: skip
-TERMS = {"entropy_weight": [0.1], "surprisal_weight": [0.1, 0.2]}
+TERMS = {"entropy_weight": [0.1], "surprisal_weight": [0.1, 0.2], "rate_control": "bias"}
 OPTIONS = {
     "adaptive+bias": {"clipping": "adaptive", "rate_control": "bias", "ratio_warmup": 5, "dropout": 0.1},
     "characters": {"boundaries": "char-end", "label_smoothing": 0.1, "ratio_reduction": "sequence", **TERMS},
