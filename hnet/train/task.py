@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from hnet.config.architecture import lr_multipliers
 from hnet.data.pack_stream import PackStream
-from hnet.data.packing import Batch
+from hnet.data.packing import Batch, eval_batches
 from hnet.data.sources import open_data
 from hnet.data.workers import with_workers
 from hnet.device import World
@@ -45,6 +45,7 @@ from hnet.model.parameters import stage_parameters
 from hnet.model.router_metrics import decisiveness, router_sums
 from hnet.segment import render_plain, render_rich, segment
 
+from .boundary_scores import BoundaryScores
 from .compile import compile_blocks, compile_wanted
 from .compression import Compression
 from .config import TrainConfig
@@ -94,7 +95,7 @@ class HNetTask:
         self.compression = Compression(config, self.model)
         self.decisive = Decisive(config, len(self.compression.stages), device)
         self.costs = stage_costs(self.model)
-        self.flips = Flips(world)
+        self.flips, self.boundary_scores = Flips(world), BoundaryScores()
 
     def prepare(self, step: int) -> None:
         self.compression.prepare(step)
@@ -184,7 +185,8 @@ class HNetTask:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out cross entropy (nats a symbol), bits per byte of text, and of every stage bytes per chunk and how
-        decided its router is; flips in the first evaluation after a step (an average's, if there is one, is later)."""
+        decided its router is; flips and where boundaries are in the first evaluation after a step (an average's, if
+        there is one, is later)."""
         c, flips = self.config, self.flips if self.flips.due else None
         score = evaluate_hnet(
             self.model, self.val, self.autocast, seq_len=c.seq_len, batch_bytes=self.pack_bytes,
@@ -194,8 +196,13 @@ class HNetTask:
         result |= {f"stage{i}/val_bytes_per_chunk": n for i, n in enumerate(score.bytes_per_chunk)}
         for i, found in enumerate(score.decisiveness):
             result |= {f"stage{i}/val_{k}": v for k, v in found.items()}
-        changed = flips.compare() if flips is not None else None
-        return result | {f"stage{i}/flips": x for i, x in enumerate(changed or [])}
+        if flips is None:
+            return result
+        result |= {f"stage{i}/flips": x for i, x in enumerate(flips.compare() or [])}
+        if flips.last is not None:
+            packs = eval_batches(self.val, c.seq_len, self.pack_bytes, c.eval_bytes)
+            result |= self.boundary_scores.scores(flips.last, packs)
+        return result
 
     def sample(self) -> tuple[str, Text]:
         """A continuation and the chunks of a held-out snippet; and the outermost of these in colour."""
