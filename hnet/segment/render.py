@@ -10,8 +10,9 @@ from rich.text import Text
 from .boundaries import Segmentation
 
 BARS = "|‖⦀"  # where chunks begin of the first stage shown; of the second too; of more
-# Neighbours differ: dark and light take turns with every chunk, hues with every chunk of the next stage shown.
-COLOURS = (("white on #14505c", "white on #2a7f7a"), ("white on #53366b", "white on #8c4a78"))
+# Two take turns with every chunk, pairs of them with every chunk of the next stage shown. They stay four colours on
+# terminals that have 16.
+COLOURS = (("white on #1f4d78", "white on #8a5a00"), ("white on #007a7a", "white on #7c2d8c"))
 # What would steer a terminal or turn its text around, and line ends and tabs, as signs.
 SIGNS = {c: chr(0x2400 + c) for c in range(32)} | {9: "⇥", 10: "⏎\n", 0x7F: "␡"}
 SIGNS |= {c: f"\\u{c:04x}" for c in (*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F))}

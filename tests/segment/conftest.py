@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from hnet import HNetConfig, HNetForCausalLM
+from hnet.segment import Segmentation, Stage
 
 TWO_STAGES = {
     "arch_layout": ["c1", ["c1", ["C1"], "c1"], "c1"],
@@ -19,3 +21,16 @@ def two_stages():
     """Untrained, of two stages that begin chunks here and there."""
     torch.manual_seed(0)
     return HNetForCausalLM(HNetConfig.from_dict(TWO_STAGES)).eval()
+
+
+def made_up(text: str | bytes, *starts: dict[int, float], loss=None) -> Segmentation:
+    """A segmentation without a model: per stage, outermost first, where chunks begin, and how surely."""
+    text = text.encode() if isinstance(text, str) else text
+    stages, offsets = [], np.arange(len(text))
+    for stage in starts:
+        p = np.array([stage.get(int(i), 0.125) for i in offsets], dtype=np.float32)
+        begins = np.array(sorted(stage), dtype=np.int64)
+        stages.append(Stage(offsets, p, begins))
+        offsets = begins
+    loss = np.linspace(0, 4, len(text)) if loss is None else loss
+    return Segmentation(text, np.asarray(loss, dtype=np.float32), tuple(stages))
