@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hnet.errors import UserError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -21,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as e:
         partial.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None:
+        if isinstance(e, OSError) and e.filename is None and not isinstance(e, UserError):  # that has its message
             e.filename = str(path)
         raise
 
