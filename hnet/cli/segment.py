@@ -39,16 +39,31 @@ PICTURE = 4000  # bytes of a picture, where --bytes says nothing
 @click.option("--out", type=click.Path(), help="Write there. Default: standard output.")
 @click.option("--bytes", "limit", type=click.IntRange(1), help=f"How much of FILE. Default: all; png: {PICTURE}.")
 @click.option("--seq-len", type=int, help=f"Bytes seen at once. Default: as in training, or {SEQ_LEN}.")
+@click.option(
+    "--score", is_flag=True,
+    help="Numbers instead: sizes, where chunks begin, agreement with words, beside baselines at the same rate. The "
+    "text is held in memory. As tables, or with --format jsonl.",
+)  # fmt: skip
+@click.option(
+    "--morphemes", metavar="FILE",
+    help="With --score: also agreement with morphemes. A file of segmented words, one a line, or the word morfessor, "
+    "which is trained on the words of the text.",
+)  # fmt: skip
+@click.option("--separator", default=" ", help="What stands between the morphemes of a word in FILE.  [default: space]")
 @device_options
 def segment(
     model: str, file: BinaryIO, stage: int | None, kind: str | None, out: str | None, limit: int | None,
-    seq_len: int | None, device: str, dtype: str,
+    seq_len: int | None, score: bool, morphemes: str | None, separator: str, device: str, dtype: str,
 ) -> None:  # fmt: skip
     """Show the chunks MODEL makes of FILE (default: standard input), of any size: it is read piece by piece, each piece
     seen after the quarter of seq-len bytes before it. docs/segmentation.md has the formats."""
     from hnet.segment import segment_file
 
     kind = kind or SUFFIXES.get(Path(out or "").suffix.lower())
+    if score and kind not in (None, "jsonl"):
+        raise UserError(f"--score prints tables, or with --format jsonl a line a row, got {kind}")
+    if morphemes and not score:
+        raise UserError("--morphemes goes with --score")
     path = checkpoint_of(model)
     lm = load_hnet(path, pick_device(device), dtype)
     stages = list(range(lm.config.num_stages - 1))
@@ -60,6 +75,13 @@ def segment(
         limit = limit or PICTURE
     seq_len = trained_with(path).get("seq_len", SEQ_LEN) if seq_len is None else seq_len
     found = segment_file(lm, file, seq_len=seq_len, max_bytes=limit)
+    if score:
+        from .segment_score import write_scores
+
+        with opened(out) as stream:
+            shown = stages if stage is None else [stage]
+            write_scores(stream, found, shown, morphemes=morphemes, separator=separator, as_json=kind == "jsonl")
+        return
     name = Path(getattr(file, "name", "")).name
     write(found, kind, out, stages, stage, "standard input" if name in ("<stdin>", "") else name, model)
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from .baselines import baselines
 from .characters import Characters
 from .morphemes import Morphemes
-from .scores import score
+from .scores import ahead, score
 
 BARS = " ▁▂▃▄▅▆▇█"
+AHEAD = ", predicted"  # rows of `ahead`
 LONGEST_BAR = 32  # bytes; longer chunks share the last bar
 PLACES = {
     "char_start_share": "character\nstarts", "char_end_share": "character\nends", "grapheme_start_share": "graphemes",
@@ -28,17 +29,18 @@ EDGES = {"words": "starts of words", "morphemes": "starts of morphemes", "morphe
 def score_rows(
     text: bytes, segmentations: Mapping[str, np.ndarray], morphemes: Morphemes | None = None, seed: int = 0
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row of `score` for each of `segmentations` (bytes where chunks begin), then of each baseline, at the rate of
-    the first of them; and what was left out for want of a package. A row's `name` says whose it is."""
+    """A row of `score` for each of `segmentations` (bytes where chunks begin), one of what its chunks predict
+    (`ahead`), then of each baseline, at the rate of the first of them; and what was left out for want of a package. A
+    row's `name` says whose it is."""
     chars, notes = Characters(text), []
     try:
         graphemes = chars.grapheme_start is not None
     except ValueError as e:
         graphemes, notes = False, [f"graphemes are left out: {e}"]
-    rows = [
-        {"name": name} | score(chars, starts, morphemes=morphemes, graphemes=graphemes)
-        for name, starts in segmentations.items()
-    ]
+    rows = []
+    for name, starts in segmentations.items():
+        for label, where in ((name, starts), (name + AHEAD, ahead(starts, len(text)))):
+            rows.append({"name": label} | score(chars, where, morphemes=morphemes, graphemes=graphemes))
     rate = rows[0]["bytes_per_chunk"]
     if not math.isfinite(rate):
         return rows, notes

@@ -4,6 +4,10 @@ What concerns characters is counted by character: a boundary is *at* the charact
 chunk begins, be it the first, a middle or the last one of it. So a router that fires on the third byte of the first
 letter of every word has all of its boundaries at word starts (and none on character starts, which is another number).
 
+A chunk's vector is made at its first byte and helps to predict from the next byte on. So there are two readings of a
+model's boundaries: where chunks begin, and, one byte on (`ahead`), where what they predict begins. A router that is
+taught where the next byte is unsure fires before an edge, and agrees with morphemes in the second reading.
+
 Given boundaries, such as the start of the text, are chosen by nobody: they end chunks, but no share counts them, and
 where they are no edge is missed or found.
 """
@@ -162,6 +166,11 @@ def chosen(
         raise ValueError(f"starts must be in [0, {T}), the bytes of the text, got {free[0]} to {free[-1]}")
     free = np.setdiff1d(free, fixed, assume_unique=True)
     return np.union1d(free, fixed), free
+
+
+def ahead(starts: np.ndarray, length: int) -> np.ndarray:
+    """The byte after each start, where there is one: what chunks predict first"""
+    return starts[starts < length - 1] + 1
 
 
 def as_offsets(x: Iterable[int] | np.ndarray) -> np.ndarray:

@@ -113,7 +113,9 @@ def test_without_the_packages(monkeypatch):
 
     monkeypatch.setattr(optional.importlib, "import_module", missing)
     rows, notes = score_rows(b"one two three", {"model": np.array([0, 4])})
-    assert [r["name"] for r in rows] == ["model", "every byte", "white space", "random bytes", "random characters"]
+    assert [r["name"] for r in rows] == [
+        "model", "model, predicted", "every byte", "white space", "random bytes", "random characters",
+    ]  # fmt: skip
     assert len(notes) == 3
     assert all("pip install 'hnet-kernels[segment]'" in note for note in notes)
     with pytest.raises(UserError, match="needs tokenizers: pip install"):
@@ -129,7 +131,8 @@ def test_rows_beside_each_other():
     assert notes == []
     by_name = {r["name"]: r for r in rows}
     assert list(by_name) == [
-        "model", "every byte", "every grapheme", "white space", "BPE", "Morfessor", "random bytes", "random characters",
+        "model", "model, predicted", "every byte",
+        "every grapheme", "white space", "BPE", "Morfessor", "random bytes", "random characters",
     ]  # fmt: skip
     assert by_name["model"]["words"] == by_name["white space"]["words"]
     assert by_name["white space"]["word_starts_found"] == by_name["every byte"]["word_starts_found"] == 1

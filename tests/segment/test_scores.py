@@ -7,7 +7,7 @@ import pytest
 
 from hnet.segment.characters import Characters
 from hnet.segment.morphemes import morpheme_starts
-from hnet.segment.scores import Agreement, agreement, score, shifted_hits
+from hnet.segment.scores import Agreement, agreement, ahead, score, shifted_hits
 
 NAN = pytest.approx(math.nan, nan_ok=True)
 SHARES = ("char_start_share", "char_end_share", "space_share", "word_start_share", "word_end_share")
@@ -136,6 +136,13 @@ def test_chinese_has_words_only_where_something_stands_between_them():
     text = "我爱北京。你好".encode()
     assert shares_of(text, [6, 12, 15]) == (1, 0, 0, pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert score(text, [15], graphemes=False)["word_starts_found"] == 1
+
+
+def test_what_chunks_predict():
+    """ab cd: a chunk at the space predicts from c on; one at the last byte predicts nothing here"""
+    text = b"ab cd"
+    assert ahead(np.array([0, 2, 4]), len(text)).tolist() == [1, 3]
+    assert shares_of(text, ahead(np.array([2]), len(text))) == (1, 1, 0, 1, 0)
 
 
 # --- graphemes -----------------------------------------------------------------------------------------------------
