@@ -50,9 +50,12 @@ def test_prose_of_help_pages():
 @pytest.mark.parametrize(
     ("output", "morphemes"),
     [
-        ("[Ln][Xp]talo[X]talo[Sine][Ny]ssa", ("talo", "ssa")),
-        ("[Lt][Xp]juosta[X]juokse[Tt][Ap][P1][Ny]n", ("juokse", "n")),
-        ("[Ln][Xp]lento[X]lento[Sn][Ny][Bh][Bc][Ln][Xp]kone[X]kone[Sn][Ny]", ("lento", "kone")),
+        ("[Ln][Ica][Xp]talo[X]talo[Sine][Ny]ssa", ("talo", "ssa")),
+        ("[Lt][Xp]juosta[X]juokse[Tt][Ap][P1][Ny][Ef]n", ("juokse", "n")),
+        (
+            "[Lt][Xp]lentää[X]len[Ln][Xj]to[X]to[Sn][Ny][Bh][Bc][Ln][Xp]kone[X]konee[Sine][Ny]ssa[O1m]mme",
+            ("len", "to", "konee", "ssa", "mme"),
+        ),
     ],
 )
 def test_morphemes_of_voikko(output, morphemes):

@@ -17,7 +17,7 @@ from hnet.data.packing import eval_batches
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.segment import baselines
 from hnet.segment.characters import Characters
-from hnet.segment.scores import score
+from hnet.segment.scores import ahead, score
 from hnet.train.config import TrainConfig
 from hnet.train.evaluation import evaluate_hnet
 from hnet.train.loop import Trainer
@@ -42,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     # a target just above 1 weighs every position that is no boundary a hundredfold
     "one byte a chunk": UNDECIDED | {"boundaries": "any", "rate_control": "none", "compression": [1.01]},
 }
+EDGES = ("words", "morphemes", "morphemes_inside")
 Gold = Mapping[str, tuple[str, ...]]
 
 
@@ -62,9 +63,15 @@ def configuration(arm: str, lines: list[str], chars_per_chunk: float, seed: int,
 
 
 def run(config: TrainConfig, gold: Gold | None) -> dict[str, Any]:
-    """Train and score. `seconds` is of the steps alone."""
+    """Train and score. `seconds` is of the steps alone.
+
+    Raises:
+        SystemExit: stopped before the last step (Ctrl-C), so there is nothing to score.
+    """
     trainer = Trainer(config)
     trainer.train()
+    if trainer.step < config.steps:
+        raise SystemExit(f"stopped at step {trainer.step} of {config.steps}: no row")
     row = held_out_scores(trainer.model, trainer.task.val, config, gold)
     return row | {"seconds": trainer.state.seconds, "target": config.compression[0]}
 
@@ -89,7 +96,10 @@ def held_out_scores(model: HNetForCausalLM, val: Corpus, config: TrainConfig, go
         given.append(size + begins)
         size += len(here)
     chars, first = Characters(np.concatenate(ids).tobytes()), np.concatenate(given)
-    found = score(chars, np.flatnonzero(np.concatenate(masks)), given=first, morphemes=gold, graphemes=False)
+    starts = np.flatnonzero(np.concatenate(masks))
+    found = score(chars, starts, given=first, morphemes=gold, graphemes=False)
+    predicted = ahead(np.setdiff1d(starts, first), size)
+    ahead_of = score(chars, predicted, given=first, morphemes=gold, graphemes=False)
     rate = found["bytes_per_chunk"]
     others = {
         "white space": baselines.whitespace(chars),
@@ -103,11 +113,12 @@ def held_out_scores(model: HNetForCausalLM, val: Corpus, config: TrainConfig, go
     kept = ("bytes_per_chunk", "char_start_share", "char_end_share", "space_share", "word_start_share")
     return {
         "val_ce": loss.ce, "val_bpb": loss.bpb, **{k: found[k] for k in kept}, **decided,
-        "word_starts_found": found["word_starts_found"],
-        **{k: found[k] for k in ("words", "morphemes", "morphemes_inside", "morpheme_coverage") if k in found},
+        "word_starts_found": found["word_starts_found"], "morpheme_coverage": found.get("morpheme_coverage"),
+        **{k: found[k] for k in EDGES if k in found},
+        "ahead": {k: ahead_of[k] for k in EDGES if k in ahead_of},
         "baselines": {
-            name: {k: x[k] for k in ("bytes_per_chunk", "word_starts_found", "words", "morphemes", "morphemes_inside")
-                   if k in x} for name, x in beside.items()
+            name: {k: x[k] for k in ("bytes_per_chunk", "word_starts_found", *EDGES) if k in x}
+            for name, x in beside.items()
         },
     }  # fmt: skip
 
