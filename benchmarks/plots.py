@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from hnet.plots.run import STAGE_COLORS, STYLE
 
-from . import table
+from .tables import files
+from .tables.markdown import best
 
-DOCS = table.ROOT / "docs"
+DOCS = files.ROOT / "docs"
 
 
 def draw_speed(rows: list[dict[str, Any]], path: Path) -> None:
@@ -24,7 +25,7 @@ def draw_speed(rows: list[dict[str, Any]], path: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for i, (kind, name) in enumerate((("compile", "torch.compile"), ("eager", "eager PyTorch"))):
-            times = [table.best(r["seconds"], kind) for r in own]
+            times = [best(r["seconds"], kind) for r in own]
             ratios = [0.0 if t is None else t / r["seconds"][r["ours"]] for t, r in zip(times, own, strict=True)]
             bars = axes.barh(
                 [y + 0.36 * (i - 0.5) for y in range(len(own))], ratios, 0.34, color=STAGE_COLORS[i], label=name
@@ -62,7 +63,7 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    data = table.load("cpu")
+    data = files.load("cpu")
     for draw, name in ((draw_speed, "speed.png"), (draw_scaling, "scaling.png")):
         draw(data["rows"], DOCS / name)
         print(f"drew docs/{name}")

@@ -26,7 +26,7 @@ from hnet.metrics_log import read_metrics
 from hnet.train.loop import Trainer
 
 from .harness import machine
-from .table import curriculum_section, rate_section
+from .tables.experiments import curriculum_section, rate_section
 
 RESULTS = Path(__file__).parent / "results"
 

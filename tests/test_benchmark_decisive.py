@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.learning import decisive
-from benchmarks.table import decisive_section
+from benchmarks.tables.experiments import decisive_section
 
 
 def test_kinds_of_characters():

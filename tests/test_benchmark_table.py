@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import harness, table
+from benchmarks.tables import files
 
 
 def row(direction: str, D: int = 1024, **changes) -> dict:
@@ -21,7 +22,7 @@ def row(direction: str, D: int = 1024, **changes) -> dict:
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
 
     def write(name: str, rows: list[dict]) -> None:
         machine = dict.fromkeys(("driver", "cuda", "torch", "triton", "python", "date", "command"), "x")

@@ -1,6 +1,7 @@
 """The README's tables are those of the results files."""
 
-from benchmarks.table import ROOT, update
+from benchmarks.table import update
+from benchmarks.tables.files import ROOT
 
 
 def test_tables_come_from_results():
