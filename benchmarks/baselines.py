@@ -5,12 +5,23 @@ compares with the best. `chunk_start`, `chunk_index` and the like are given: lay
 except in `route`.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# On a CPU torch.compile races the form of each op that was fastest under it but for the EMA's, which takes longest to
+# compile; with --full or --compile all every form (benchmarks/results/cpu.json is such a run)
+COMPILED = ("sums", "index_select", "scan", "sums+scan")
 HALO = 32  # P > 1/2: older chunks weigh less than 2^-32
 BLOCK = 64
+
+
+def compiled(config, forms: Iterable[str]) -> list[str]:
+    """Which of the forms torch.compile races on a CPU, by the options --compile and --full."""
+    which = "all" if config.getoption("--full") else config.getoption("--compile")
+    return [form for form in forms if which == "all" or (which == "some" and form in COMPILED)]
 
 
 # --- route: probability, mask, selected probability, chunk layout -------------------------------------------------
