@@ -8,6 +8,7 @@ import torch
 import hnet_kernels as hk
 
 from . import harness
+from .tables.laptop import told
 
 ROWS: list[dict] = []
 
@@ -21,12 +22,9 @@ def pytest_addoption(parser):
     group.addoption("--rounds", type=int, help="timed rounds of every race (default 7; 21 on a GPU or with --full)")
     group.addoption(
         "--compile", choices=("none", "some", "all"), default="some",
-        help="on a GPU, race torch.compile too: on the shapes of shapes.COMPILED (default), on none, on all (slow)",
+        help="race torch.compile: on a CPU with the forms of baselines.COMPILED (default), with none, with all (as "
+        "with --full: minutes); on a GPU on the shapes of shapes.COMPILED, on none, on all",
     )  # fmt: skip
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "long: takes minutes: only with --full")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -63,14 +61,24 @@ def rounds(request, smoke) -> int:
 
 
 @pytest.fixture
-def keep_row(request):
+def say(request):
+    """say(text): a line for whoever watches, past pytest's capture"""
+
+    def print_now(text: str) -> None:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
+    return print_now
+
+
+@pytest.fixture
+def keep_row(request, say):
     """keep_row(seconds, ours=, **labels): puts one row into the results and prints it."""
 
     def keep(seconds, *, ours: str, bytes: int | None = None, **labels):
         row = {**labels, "ours": ours, "bytes": bytes, "seconds": seconds}
         ROWS.append(row)
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print_row(row)
+        say(line_of(row))
         if (path := results_path(request.config)) is None:
             return
         if request.config.getoption("--add"):
@@ -124,19 +132,21 @@ def race_passes(benchmark, rounds, keep_row):
     return run
 
 
-def print_row(row: dict) -> None:
+def line_of(row: dict) -> str:
     s, ours = row["seconds"], row["seconds"][row["ours"]]
     others = {n: t for n, t in s.items() if n not in (row["ours"], "copy")}
     label = " ".join(str(row[name]) for name in harness.LABELS if name in row)
-    text = f"\n{label}: ours {1e3 * ours:.3g} ms"
+    text = f"{label}: ours {1e3 * ours:.3g} ms"
     if row["bytes"] and "copy" in s:
         rate, copy = row["bytes"] / ours / 1e9, row["copy_bytes"] / s["copy"] / 1e9
         text += f" = {rate:.1f} GB/s, {100 * rate / copy:.0f} % of copy"
     for name, t in sorted(others.items(), key=lambda kv: kv[1]):
         text += f"; {name} {1e3 * t:.3g} ms (x{t / ours:.2f})"
+    if "parts" in row:
+        text += told(row)
     if "slope" in row:
         text += f"; slope {row['slope']:.2f}, at most {row['most']:g} expected"
-    print(text, flush=True)
+    return text
 
 
 def device_of(rows: list[dict]) -> str:

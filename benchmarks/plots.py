@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hnet.plots.run import STAGE_COLORS, STYLE
 
-from .tables import files
+from .tables import files, laptop
 from .tables.markdown import best
 
 DOCS = files.ROOT / "docs"
@@ -62,11 +62,36 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, metadata={"Software": None})
 
 
+def draw_step(rows: list[dict[str, Any]], path: Path) -> None:
+    """The parts of the laptop's training step: their shares, for every size of a pack, the largest above."""
+    own = laptop.steps_of({"rows": rows})
+    parts = sorted(own[-1]["parts"], key=lambda part: -own[-1]["parts"][part])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.4 * len(parts) + 0.9), dpi=100, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        height = 0.8 / len(own)
+        for i, row in enumerate(own):
+            places = [y + height * (i - (len(own) - 1) / 2) for y in range(len(parts))]
+            shares = [100 * row["parts"][part] for part in parts]
+            bars = axes.barh(places, shares, 0.9 * height, color=STAGE_COLORS[i], label=f"packs of {row['T']:,} bytes")
+            axes.bar_label(bars, [f"{x:.0f}" for x in shares], padding=3, fontsize=9)
+        axes.set_yticks(range(len(parts)), parts)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlabel("% of a training step")
+        axes.legend(loc="lower right")
+        figure.savefig(path, metadata={"Software": None})
+
+
 def main() -> None:
-    data = files.load("cpu")
+    rows = files.load("cpu")["rows"]
     for draw, name in ((draw_speed, "speed.png"), (draw_scaling, "scaling.png")):
-        draw(data["rows"], DOCS / name)
+        draw(rows, DOCS / name)
         print(f"drew docs/{name}")
+    if laptop.steps_of({"rows": rows}):
+        draw_step(rows, DOCS / laptop.PICTURE)
+        print(f"drew docs/{laptop.PICTURE}")
 
 
 if __name__ == "__main__":
