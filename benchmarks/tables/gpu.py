@@ -5,6 +5,7 @@ from __future__ import annotations
 from .decoding import decode_lines
 from .files import gpu_results
 from .markdown import KINDS, against, line, of_copy
+from .peers import peers_table
 
 OURS = ("triton", "cuda")  # backends of ours that race each other
 
@@ -81,15 +82,15 @@ def graph_lines(rows: list[dict]) -> list[str]:
 
 
 def headline(row: dict) -> bool:
-    return row["op"] == "training step" or (row["D"] == 1024 and row["chunk"] == 6)
+    return row["op"] in ("training step", "peers") or (row["D"] == 1024 and row["chunk"] == 6)
 
 
 def gpu_section(data: dict, full: bool) -> str:
     m, rows = data["machine"], [r for r in data["rows"] if r.get("device") == "cuda"]
-    timed = [r for r in rows if "direction" in r]
+    timed = [r for r in rows if "direction" in r and r["op"] != "peers"]
     ops = [r for r in timed if not r["op"].endswith(", replayed")]
     replays = [r for r in timed if r["op"].endswith(", replayed")]
-    steps = [r for r in rows if r["op"] == "training step"]
+    steps, peers = ([r for r in rows if r["op"] == op] for op in ("training step", "peers"))
     copy = [r["copy_bytes"] / r["seconds"]["copy"] / 1e9 for r in timed]
     about = (
         f"{m['gpu']}, driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, triton {m['triton']}, "
@@ -102,7 +103,7 @@ def gpu_section(data: dict, full: bool) -> str:
     lines = [x for one in single for x in (one, "")]  # a paragraph each
     tables = [
         make([r for r in found if full or headline(r)])
-        for found, make in ((ops, gpu_table), (replays, replay_table), (steps, train_table))
+        for found, make in ((ops, gpu_table), (replays, replay_table), (steps, train_table), (peers, peers_table))
         if found
     ]
     return "\n".join([f"### {m['gpu']}", "", *(x for t in tables for x in (*t, "")), about, "", *lines])

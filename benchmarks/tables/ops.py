@@ -33,7 +33,7 @@ def step_table(rows: list[dict]) -> list[str]:
 
 def cpu_section(data: dict) -> str:
     m, rows = data["machine"], data["rows"]
-    ops = [r for r in rows if "direction" in r and r["op"] not in LAYER_OPS]
+    ops = [r for r in rows if "direction" in r and r["op"] not in (*LAYER_OPS, "peers")]
     shape = ops[0]
     about = (
         f"{m['cpu']} ({m['isa']}, {m['threads']} threads), torch {m['torch']}, {m['date']}, memory {m['memory']}. "
