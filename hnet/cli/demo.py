@@ -33,6 +33,7 @@ def config(out: str, steps: int) -> TrainConfig:
         rate_control="bias",
         surprisal_weight=[0.1],
         entropy_weight=[0.2],
+        surprisal_gain=0.0,
         seq_len=512,
         batch_bytes=8192,
         steps=steps,
