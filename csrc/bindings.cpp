@@ -61,6 +61,14 @@ void check_chunks(const int32_t* chunk_start, i64 M, const int32_t* cu_chunks, c
   }
 }
 
+void check_rows(const int64_t* index, i64 n, i64 R) {
+  for (i64 i = 0; i < n; ++i) {
+    if (index[i] < 0 || index[i] >= R) {
+      throw std::invalid_argument("rows must be in [0, " + std::to_string(R) + "), got " + std::to_string(index[i]));
+    }
+  }
+}
+
 #define ARGS py::call_guard<py::gil_scoped_release>()
 
 }  // namespace
@@ -295,6 +303,47 @@ PYBIND11_MODULE(_C, m) {
             Dtype(dtype),
             {rows(logits, stride), as<int64_t>(targets), T, V, nullptr, nullptr, as<float>(norm), as<float>(dloss), rows(dlogits, V)},
             threads);
+      },
+      ARGS);
+
+  m.def(
+      "group_rows",
+      [](ptr index, ptr scale, i64 n, i64 R, ptr order, ptr rows_, ptr begin, int) {
+        check_rows(as<int64_t>(index), n, R);
+        return group_rows(as<int64_t>(index), as<float>(scale), n, R, as<int64_t>(order), as<int64_t>(rows_), as<int64_t>(begin));
+      },
+      ARGS);
+  m.def(
+      "rows_sum",
+      [](ptr table, i64 R, ptr index, ptr scale, i64 T, i64 count, i64 D, ptr out, int threads) {
+        check_rows(as<int64_t>(index), T * count, R);
+        kernels().rows_sum({as<float>(table), as<int64_t>(index), as<float>(scale), T, count, D, as<float>(out)}, threads);
+      },
+      ARGS);
+  m.def(
+      "rows_gradient",
+      [](ptr dout, ptr scale, ptr order, ptr begin, i64 U, i64 T, i64 count, i64 D, ptr out, int threads) {
+        const int64_t* at = as<int64_t>(begin);
+        bool ok = at[0] == 0 && at[U] <= T * count;
+        for (i64 u = 0; u < U && ok; ++u) ok = at[u] <= at[u + 1];
+        if (!ok) throw std::invalid_argument("groups must be what group_rows returned for T * count entries");
+        check_rows(as<int64_t>(order), at[U], T * count);
+        kernels().rows_gradient(
+            {as<float>(dout), as<float>(scale), as<int64_t>(order), at, U, count, D, as<float>(out)}, threads);
+      },
+      ARGS);
+  m.def(
+      "rows_adamw",
+      [](ptr weight, ptr exp_avg, ptr exp_avg_sq, ptr steps, i64 R, ptr rows_, ptr gradient, i64 U, i64 D, i64 done, double beta1,
+         double beta2, double eps, ptr recent, i64 ring, i64 tail, int threads) {
+        const int64_t* which = as<int64_t>(rows_);
+        check_rows(which, U, R);
+        for (i64 u = 1; u < U; ++u) {
+          if (which[u] <= which[u - 1]) throw std::invalid_argument("rows must rise, got " + std::to_string(which[u]) + " after " + std::to_string(which[u - 1]));
+        }
+        RowsAdamW a{as<float>(weight), as<float>(exp_avg), as<float>(exp_avg_sq), as<int32_t>(steps), which, as<float>(gradient), U, D,
+                    done, beta1, beta2, eps, as<float>(recent), ring, tail};
+        kernels().rows_adamw(a, threads);
       },
       ARGS);
 

@@ -281,3 +281,32 @@ def cross_entropy_bwd(dloss, logits, targets, norm):
     dlogits = _empty(*logits.shape, dtype=logits.dtype)
     _call("cross_entropy_bwd", logits.dtype, dloss, Rows(logits), targets, *logits.shape, norm, dlogits)
     return dlogits
+
+
+def group_rows(index, scale, num_rows):
+    n = index.numel()
+    order, rows, begin = (_empty(size, dtype=torch.int64) for size in (n, n, n + 1))
+    found = _call("group_rows", index, scale, n, num_rows, order, rows, begin)
+    return rows[:found], order, begin[: found + 1]
+
+
+def sum_rows(table, index, scale):
+    (T, count), D = index.shape, table.shape[1]
+    out = _empty(T, D)
+    _call("rows_sum", table, table.shape[0], index, scale, T, count, D, out)
+    return out
+
+
+def row_gradient(dout, groups, count, scale):
+    T, D = dout.shape
+    U = len(groups.rows)
+    out = _empty(U, D)
+    _call("rows_gradient", dout, scale, groups.order, groups.begin, U, T, count, D, out)
+    return out
+
+
+def rows_adamw(weight, exp_avg, exp_avg_sq, steps, rows, gradient, done, recent, beta1, beta2, eps, tail):
+    _call(
+        "rows_adamw", weight, exp_avg, exp_avg_sq, steps, weight.shape[0], rows, gradient, len(rows), weight.shape[1],
+        done, beta1, beta2, eps, recent, len(recent), tail,
+    )  # fmt: skip

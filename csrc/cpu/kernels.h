@@ -129,6 +129,33 @@ struct CrossEntropy {
   Rows dlogits;                  // (T, V)
 };
 
+struct RowsSum {                 // out_t = sum_j scale_tj table[index_tj]
+  const float* table;            // (., D)
+  const int64_t* index;          // (T, count)
+  const float* scale;            // (T, count), may be null: 1. Rows with scale 0 are not read
+  int64_t T, count, D;
+  float* out;                    // (T, D)
+};
+
+struct RowsGradient {            // of a RowsSum, for its U distinct rows
+  const float* dout;             // (T, D)
+  const float* scale;            // (T, count), may be null
+  const int64_t *order, *begin;  // entries of index (T count,) by row; where each row's begin, (U + 1,)
+  int64_t U, count, D;
+  float* out;                    // (U, D)
+};
+
+struct RowsAdamW {
+  float *weight, *exp_avg, *exp_avg_sq;  // (R, D)
+  int32_t* steps;                // (R, 2): of which step the moments are, 0 none; and of which the weight
+  const int64_t* rows;           // (U,), distinct
+  const float* gradient;         // (U, D) of step done + 1, or null: only catch up with step `done`
+  int64_t U, D, done;
+  double beta1, beta2, eps;
+  const float* recent;           // of step s at s % ring: learning rate sqrt(1 - beta2^s) / (1 - beta1^s)
+  int64_t ring, tail;            // steps that momentum is felt for
+};
+
 struct RouteStep {
   Rows q, k;  // (B, D): projection of the previous position, projection of this one
   int64_t B, D;
@@ -172,6 +199,9 @@ struct Kernels {
   void (*swiglu_bwd)(Dtype, const SwiGLU&, int threads);
   void (*cross_entropy_fwd)(Dtype, const CrossEntropy&, int threads);
   void (*cross_entropy_bwd)(Dtype, const CrossEntropy&, int threads);
+  void (*rows_sum)(const RowsSum&, int threads);
+  void (*rows_gradient)(const RowsGradient&, int threads);
+  void (*rows_adamw)(const RowsAdamW&, int threads);
 };
 
 const Kernels& kernels_baseline();
@@ -197,5 +227,10 @@ struct Compact {
 };
 int64_t compact(const Compact&);
 void fill_chunk_start(const uint8_t* mask, int64_t T, int64_t num_valid, int32_t* chunk_start, int64_t M);
+
+
+// Entries of index (n,) in [0, R) by row, within a row in their order, but for those whose scale (n,), if not null, is 0:
+// fills order (n,), rows (U,) rising, begin (U + 1,), of which there must be room for n and n + 1. Returns U.
+int64_t group_rows(const int64_t* index, const float* scale, int64_t n, int64_t R, int64_t* order, int64_t* rows, int64_t* begin);
 
 }  // namespace hnet

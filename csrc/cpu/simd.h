@@ -94,6 +94,7 @@ inline vf larger(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline vf clamp(vf x, float lo, float hi) {  // NaN stays NaN: of a NaN and a number, these return the second
   return {_mm512_min_ps(_mm512_set1_ps(hi), _mm512_max_ps(_mm512_set1_ps(lo), x.v))};
 }
+inline vf square_root(vf x) { return {_mm512_sqrt_ps(x.v)}; }
 inline vf add_exponent(vf x, vf n) {  // x * 2^k, k in the low bits of n
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
 }
@@ -140,6 +141,7 @@ inline vf larger(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline vf clamp(vf x, float lo, float hi) {
   return {_mm256_min_ps(_mm256_set1_ps(hi), _mm256_max_ps(_mm256_set1_ps(lo), x.v))};
 }
+inline vf square_root(vf x) { return {_mm256_sqrt_ps(x.v)}; }
 inline vf add_exponent(vf x, vf n) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(_mm256_castps_si256(n.v), 23)))};
 }
@@ -195,6 +197,7 @@ inline vf operator/(const vf& a, const vf& b) { HNET_LANES(a.v[i] / b.v[i]) }
 inline vf fma(const vf& a, const vf& b, const vf& c) { HNET_LANES(a.v[i] * b.v[i] + c.v[i]) }
 inline vf larger(const vf& a, const vf& b) { HNET_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 inline vf clamp(const vf& x, float lo, float hi) { HNET_LANES(x.v[i] < lo ? lo : x.v[i] > hi ? hi : x.v[i]) }
+inline vf square_root(const vf& x) { HNET_LANES(std::sqrt(x.v[i])) }
 inline float add_exponent(float x, float n) {
   uint32_t u, k;
   std::memcpy(&u, &x, 4);

@@ -28,6 +28,9 @@ void swiglu_fwd(Dtype, const SwiGLU&, int);
 void swiglu_bwd(Dtype, const SwiGLU&, int);
 void cross_entropy_fwd(Dtype, const CrossEntropy&, int);
 void cross_entropy_bwd(Dtype, const CrossEntropy&, int);
+void rows_sum(const RowsSum&, int);
+void rows_gradient(const RowsGradient&, int);
+void rows_adamw(const RowsAdamW&, int);
 }  // namespace HNET_ISA
 
 const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
@@ -36,7 +39,7 @@ const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
       HNET_ISA::dechunk_bwd, HNET_ISA::ema_fwd, HNET_ISA::ema_bwd,   HNET_ISA::route_step, HNET_ISA::dechunk_step,
       HNET_ISA::rms_norm_fwd, HNET_ISA::rms_norm_bwd, HNET_ISA::gated_conv_fwd, HNET_ISA::gated_conv_bwd,
       HNET_ISA::attention_fwd, HNET_ISA::attention_bwd, HNET_ISA::swiglu_fwd, HNET_ISA::swiglu_bwd,
-      HNET_ISA::cross_entropy_fwd, HNET_ISA::cross_entropy_bwd,
+      HNET_ISA::cross_entropy_fwd, HNET_ISA::cross_entropy_bwd, HNET_ISA::rows_sum, HNET_ISA::rows_gradient, HNET_ISA::rows_adamw,
   };
   return table;
 }

@@ -9,13 +9,21 @@ from torch import Tensor, nn
 
 from .config import RunConfig
 from .shards import local_rows
+from .table_adamw import coalesced
 
 AT_LEAST = 20  # norms before a percentile means anything
 
 
 def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """What this process has of them."""
-    return [local_rows(p.grad) for p in parameters if p.grad is not None]
+    """What this process has of them; of a sparse one the rows that it has."""
+    found = []
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = coalesced(p.grad)
+            found.append(p.grad.values())
+        elif p.grad is not None:
+            found.append(local_rows(p.grad))
+    return found
 
 
 def stage_norms(stages: list[list[nn.Parameter]], device: torch.device) -> Tensor:

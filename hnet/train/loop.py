@@ -105,7 +105,9 @@ class Trainer:
         task: Any = make_task or HNetTask
         self.task = task(config, self.device, self.autocast, self.world)
         self.model = self.task.model
-        self.optimizers = Optimizers(self.model, config, self.task.multipliers, getattr(config, "router_lr", 1.0))
+        alone = self.world.size == 1 and self.device.type == "cpu"
+        router_lr = getattr(config, "router_lr", 1.0)
+        self.optimizers = Optimizers(self.model, config, self.task.multipliers, router_lr, tables_by_row=alone)
         self.clipper = Clipper(config, self.task.stages, self.device)
         self.device_step = DeviceStep(self.task, self.model, self.optimizers, self.clipper, self.world)
         self.captured, self.not_captured = capture(config, self.device_step, self.device, self.world)
@@ -164,6 +166,7 @@ class Trainer:
             values = self.device_step.run([b.to(self.device) for b in batches], self.step)
         names = self.device_step.names
         if self.ema is not None:
+            self.optimizers.settle()
             self.ema.update()
         self.task.after_step(self.step, dict(zip(names, values.unbind(), strict=True)))
         self.state.step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from hnet.model.parameters import stage_of
 
 from .muon import Muon
 from .shards import sharded, spread_like
+from .table_adamw import TableAdamW, densify, wanted
 
 
 def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool:
@@ -33,9 +35,15 @@ def muon_parameters(model: nn.Module) -> set[int]:
 
 
 class AdamW(torch.optim.AdamW):
-    """found_inf: as of `Muon`; the fused step reads it."""
+    """found_inf: as of `Muon`; the fused step reads it. table: updates one of the parameters instead."""
 
     found_inf: Tensor
+    table: TableAdamW | None = None
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's may be given one
+        if self.table is not None:
+            self.table.step()
+        super().step(closure)
 
 
 class Optimizers:
@@ -44,8 +52,16 @@ class Optimizers:
     On a GPU, unless the parameters are sharded, the rates are numbers there, of which a CUDA graph knows the address.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, multipliers: list[float], router_lr: float = 1.0) -> None:
-        """multipliers: learning-rate factor of every stage; router_lr: of routing projections, on top."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        multipliers: list[float],
+        router_lr: float = 1.0,
+        tables_by_row: bool = False,
+    ) -> None:
+        """multipliers: learning-rate factor of every stage; router_lr: of routing projections, on top; tables_by_row:
+        update embeddings of n-grams where they were read, if that can be."""
         groups: dict[tuple, list[nn.Parameter]] = {}
         for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
         for name, p in model.named_parameters():
@@ -58,9 +74,13 @@ class Optimizers:
             group = {"params": params, "lr": lr, "peak": lr, "stage": stage, "router": router}
             group["weight_decay"] = config.weight_decay if decay else 0.0
             (muon if is_muon else adam).append(group)
-        self.parts: list[AdamW | Muon] = [AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)]
+        first = AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
+        self.parts: list[AdamW | Muon] = [first]
         if muon:  # scaled so that its updates have AdamW's size: one learning rate serves both
             self.parts.append(Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        self.ngrams: Any = getattr(model, "ngrams", None)
+        if tables_by_row and self.ngrams is not None:
+            self._update_by_row(first)
         self.factor = 1.0
         self.rates: Tensor | None = None  # (groups,)
         device = next(model.parameters()).device
@@ -70,8 +90,26 @@ class Optimizers:
     def _groups(self) -> list[dict]:
         return [group for part in self.parts for group in part.param_groups]
 
+    def _update_by_row(self, adam: AdamW) -> None:
+        weight = self.ngrams.weight
+        group = next(g for g in adam.param_groups if any(p is weight for p in g["params"]))
+        if wanted(weight, group["betas"], group["weight_decay"]):
+            table = adam.table = TableAdamW(weight, adam)
+            self.ngrams.before_reading = lambda rows: table.bring_up(rows)  # a method would be copied with the model
+
+    @property
+    def table(self) -> TableAdamW | None:
+        return getattr(self.parts[0], "table", None)
+
+    def settle(self) -> None:
+        """Every parameter becomes what it is after the steps so far, rows of a table that none of late has read too."""
+        if self.table is not None:
+            self.table.settle()
+
     def keep_rates_on(self, device: torch.device) -> None:
         """From now on the rates are read from memory of the device, and no step looks at anything."""
+        if isinstance(adam := self.parts[0], AdamW) and adam.table is not None:
+            raise RuntimeError("a table that is updated row by row asks the host for the rate")
         dtype = torch.float64 if device.type == "cpu" else torch.float32  # what AdamW computes with there
         groups = self._groups()
         self.rates = torch.zeros(len(groups), dtype=dtype, device=device)
@@ -114,6 +152,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict]:
+        self.settle()
         states = [part.state_dict() for part in self.parts]
         for group in (g for s in states for g in s["param_groups"]):
             group["lr"] = group["peak"] * self.factor  # a number, wherever it is kept
@@ -125,7 +164,12 @@ class Optimizers:
             own_keys = ("lr", "peak", "weight_decay", "capturable")
             kept = [{k: g[k] for k in own_keys if k in g} for g in part.param_groups]
             params = [p for g in part.param_groups for p in g["params"]]
-            moments = {i: {k: spread_like(v, params[i]) for k, v in values.items()} for i, values in s["state"].items()}
+            by_row = None if self.table is None else self.table.table
+            whole = {
+                i: values if params[i] is by_row else densify(values, s["param_groups"][0].get("betas"))
+                for i, values in s["state"].items()
+            }
+            moments = {i: {k: spread_like(v, params[i]) for k, v in values.items()} for i, values in whole.items()}
             part.load_state_dict({**s, "state": moments})
             for group, own in zip(part.param_groups, kept, strict=True):
                 group.update(own)
