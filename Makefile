@@ -4,7 +4,7 @@
 #             make gate TRITON=3.6.0 again under that version, which it downloads
 # make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
 # make learning DATA=FILE   what an H-Net learns in equal time beside other models: tables and curves (docs/learning.md),
-#             under an hour on a machine with nothing else to do
+#             under an hour on a machine with nothing else to do; says how long at the start
 # make wheel  build the wheel and one of the ops alone, install each apart from the sources and use it
 # make gpu    on a machine with a GPU: scripts/gpu_harvest.sh all, which builds for the torch that PYTHON has, tests and
 #             measures, downloads nothing; then the tables. Apart and in full: make gpu-build, make gpu-test, make gpu-bench
@@ -57,9 +57,7 @@ bench: setup
 LEARNING := $(BIN)/python -m benchmarks.learning
 learning: setup
 	@test -f "$(DATA)" || { echo "make learning DATA=FILE: the text to learn from, such as tinyshakespeare.txt"; exit 1; }
-	$(LEARNING) --data "$(DATA)" --seconds 30 60 120 --seeds 3 --models hnet isotropic nanogpt
-	$(LEARNING) --data "$(DATA)" --seconds 120 --seeds 3 --models isotropic+ngrams
-	$(LEARNING) --data "$(DATA)" --seconds 300 --seeds 1 --models hnet isotropic
+	$(LEARNING) --data "$(DATA)"
 	$(LEARNING) plot
 
 smoke: setup

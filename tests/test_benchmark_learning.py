@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.learning import isotropic, nanogpt, ours, run
+from benchmarks.learning import isotropic, nanogpt, ours, plan, run
+from benchmarks.learning.__main__ import main
 from benchmarks.learning.report import draw, learning_section
 from benchmarks.learning.validation import nats_per_byte
 
@@ -156,6 +157,41 @@ def row(model: str, amount: float, seed: int, val: float, **changes) -> dict:
         "seconds": amount + 0.01, "steps": 100, "bytes": 204800, "teraflops": 0.8, "context": 128, "parameters": 600000,
         "train_bytes": 900, "held_out_bytes": 100, "curve": [[amount, 0.8, val]], **changes,
     }  # fmt: skip
+
+
+def test_the_plan_takes_under_an_hour(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "as_long_as_tinyshakespeare.txt"
+    path.write_bytes(b"a" * 1_115_394)
+    runs = plan.planned(str(path), 0)
+    assert len({repr(r.key) for r in runs}) == len(runs)
+    assert {r.model for r in runs if r.amount == 120} == set(run.LEARNERS)
+    assert {r.seed for r in runs if r.amount == 120 and r.model != "nanogpt"} == {0, 1, 2}
+    assert max(r.amount for r in runs) == runs[-1].amount == 300
+    steps = sum(r.amount for r in runs)
+    assert plan.minutes(runs) == pytest.approx((steps + len(runs) * (6 + 4 * 111_540 / 60_000)) / 60)
+    assert plan.minutes(runs) < 57
+    monkeypatch.setattr("sys.argv", ["learning", "--data", str(path), "--dry-run"])
+    main()
+    assert capsys.readouterr().out.startswith(f"{len(runs)} runs, about {plan.minutes(runs):.0f} minutes")
+
+
+def test_what_is_left_follows_the_runs_that_are_done():
+    runs = [run.Run("hnet", "x", amount, "seconds", 0, 100) for amount in (30, 60, 120)]
+    rows = [{"seconds": 30.1}, {"seconds": 60.1}]
+    assert run.left(runs, rows, 90.2 + 2 * 60) == "2 of 3, about 3 minutes left"
+    assert run.left(runs, [*rows, {"seconds": 120}], 400) == "3 of 3, about 0 minutes left"
+    flops = [runs[0], run.Run("hnet", "x", 1, "teraflops", 0, 100)]
+    assert run.left(flops, rows[:1], 40) == "1 of 2"
+    assert "without 1 that end by their FLOPs" in plan.estimate(flops)
+
+
+def test_the_picture_has_the_length_of_most_models(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, *a, label=None, **k: drawn.append(label))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda self: None)
+    short = [row(model, 120, 0, 1.5) for model in ("hnet", "isotropic", "nanogpt")]
+    draw([row("hnet", 300, 0, 1.4), *short, row("isotropic", 300, 0, 1.4)], tmp_path / "x.png")
+    assert [label for label in drawn if label] == ["hnet", "isotropic", "nanogpt"]
 
 
 def test_table_and_picture(tmp_path, monkeypatch):

@@ -30,6 +30,10 @@ def names(rows: list[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def of_length(rows: list[Row], amount: float) -> list[Row]:
+    return [r for r in rows if r["amount"] == amount]
+
+
 def table(rows: list[Row]) -> list[str]:
     """A line for each amount of training and model, over the seeds; the last column compares with our H-Net by seed."""
     lines = [
@@ -74,7 +78,8 @@ def picture(corpus: str) -> Path:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """The runs of the greatest length on their way, the rate decaying to its end: mean over seeds, and every seed."""
+    """The runs of the greatest length that most models have, on their way, the rate decaying to its end: mean over
+    seeds, and every seed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,9 +88,9 @@ def draw(rows: list[Row], path: Path) -> None:
         figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        longest = max(r["amount"] for r in rows)
-        for i, model in enumerate(names(rows, "model")):
-            own = [r["curve"] for r in rows if r["model"] == model and r["amount"] == longest]
+        longest = max(names(rows, "amount"), key=lambda n: (len(names(of_length(rows, n), "model")), n))
+        for i, model in enumerate(names(of_length(rows, longest), "model")):
+            own = [r["curve"] for r in of_length(rows, longest) if r["model"] == model]
             for curve in own:
                 axes.plot([p[0] for p in curve], [p[-1] for p in curve], "o", ms=3.5, color=STAGE_COLORS[i])
             means = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*own, strict=True)]

@@ -8,7 +8,6 @@ import multiprocessing
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,19 +105,31 @@ def measure(run: Run, evaluations: int = 4) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_all(runs: Iterable[Run], path: Path) -> list[dict[str, Any]]:
+def measure_all(runs: list[Run], path: Path) -> list[dict[str, Any]]:
     """Each in a process of its own, one after the other; rows are written as they come."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    begin = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for row in pool.imap(measure, runs):
             rows.append(row)
             add(path, row)
             print(
                 f"{row['corpus']}, {row['amount']:g} {row['unit']}, seed {row['seed']}, {row['model']}: "
-                f"{row['val']:.4f} nats a byte, {row['steps']} steps in {row['seconds']:.1f} s",
+                f"{row['val']:.4f} nats a byte, {row['steps']} steps in {row['seconds']:.1f} s; "
+                f"{left(runs, rows, time.perf_counter() - begin)}",
                 flush=True,
             )
     return rows
+
+
+def left(runs: list[Run], rows: list[dict[str, Any]], elapsed: float) -> str:
+    """What is to come, if runs take as long besides their steps as those that are done"""
+    besides = (elapsed - sum(row["seconds"] for row in rows)) / len(rows)
+    rest = runs[len(rows) :]
+    text = f"{len(rows)} of {len(runs)}"
+    if any(run.unit != "seconds" for run in rest):
+        return text
+    return f"{text}, about {sum(run.amount + besides for run in rest) / 60:.0f} minutes left"
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
