@@ -12,7 +12,7 @@ from .harness import race_passes
 from .peers import Inputs
 
 SHAPE, TINY = (8, 2048, 1024), (4, 64, 64)
-ON = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
+ON = [pytest.param("cpu", id="cpu", marks=pytest.mark.long), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 
 
 def require(say: Callable[[str], None]) -> None:
@@ -50,7 +50,6 @@ def test_both_compute_the_same(projections):
 
 
 @pytest.mark.usefixtures("installed")
-@pytest.mark.long
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("projections", [True, False], ids=["projected", "alone"])
 def test_peers(keep_row, rounds, smoke, projections, device):
