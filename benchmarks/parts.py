@@ -129,6 +129,8 @@ def watched(trainer: Trainer, watch: Stopwatch) -> Iterator[None]:
         (hk, "cross_entropy", HEAD),
         (stream, "__next__", DATA),
     ]
+    if getattr(trainer.model.ngrams, "before_reading", None) is not None:  # rows are updated where they are read next
+        places.append((trainer.model.ngrams, "before_reading", OPTIMISER))
     with ExitStack() as stack:
         for owner, name, part in places:
             stack.enter_context(mock.patch.object(owner, name, within(part, getattr(owner, name))))

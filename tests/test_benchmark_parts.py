@@ -102,7 +102,7 @@ def test_shares_of_a_step_and_the_same_step(settings):
     out, state = settings
     seen, plain = (laptop.trainer(out, 512, state, smoke=True) for _ in range(2))
     assert seen.step == plain.step == state["step"]
-    before = hk.cross_entropy
+    before, reading = hk.cross_entropy, seen.model.ngrams.before_reading
     found = watch_steps(seen, 2)
     assert tuple(found.shares) == PARTS
     assert sum(found.shares.values()) == pytest.approx(1)
@@ -113,6 +113,7 @@ def test_shares_of_a_step_and_the_same_step(settings):
     for (name, a), b in zip(seen.model.named_parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert hk.cross_entropy is before
+    assert seen.model.ngrams.before_reading == reading
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in seen.model.modules())
     assert "loss" not in vars(seen.task)
 
