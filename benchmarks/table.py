@@ -4,8 +4,9 @@ A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes f
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
 every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
 those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning`, `decisive` that of
-`python -m benchmarks.learning.decisive`, `layer_ops`, `scaling`, `decoding` and `laptop_step` are rows of cpu.json,
-`peers` is that of test_peers.py, and `predicted` that of `python -m benchmarks.predict`. `tables/` makes each of them.
+`python -m benchmarks.learning.decisive`, `agglutinative` that of `python -m benchmarks.agglutinative`, `layer_ops`,
+`scaling`, `decoding` and `laptop_step` are rows of cpu.json, `peers` is that of test_peers.py, and `predicted` that of
+`python -m benchmarks.predict`. `tables/` makes most of them.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 
+from .agglutinative.report import section as agglutinative_section
 from .learning.report import learning_section
 from .tables import files
 from .tables.decoding import decoding_section
@@ -33,6 +35,7 @@ SECTIONS = {
     "layers": ("layers", layers_section),
     "learning": ("learning", learning_section),
     "decisive": ("decisive", decisive_section),
+    "agglutinative": ("agglutinative", agglutinative_section),
     "layer_ops": ("cpu", layer_ops_section),
     "scaling": ("cpu", scaling_section),
     "decoding": ("cpu", decoding_section),

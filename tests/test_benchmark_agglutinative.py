@@ -80,3 +80,6 @@ def test_a_run_and_its_table(tmp_path):
     lines = section(data).splitlines()
     assert [line.split(" | ")[1] for line in lines[2:4]] == arms
     assert f"{recipe['val_bpb']:.3f}" in lines[2]
+    predicted, bpe = recipe["ahead"]["morphemes"]["f1"], recipe["baselines"]["BPE"]["morphemes"]["f1"]
+    assert f" / {predicted:.2f} ({predicted:.2f}) | " in lines[7]
+    assert f" / {bpe:.2f} | " in lines[7]

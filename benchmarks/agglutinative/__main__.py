@@ -24,7 +24,8 @@ from hnet.segment.morphemes import read_morphemes
 from hnet.segment.report import plain
 
 from ..harness import machine
-from .run import ARMS, Gold, configuration, run, steps_in
+from .arms import ARMS
+from .run import Gold, configuration, run, steps_in
 from .synthetic import generate
 
 RESULTS = Path(__file__).parents[1] / "results" / "agglutinative.json"
