@@ -44,6 +44,8 @@ def write_scores(
     from rich.console import Console
 
     about = [f"{name}: p {d['p_on']:.2f} on boundaries, {d['p_off']:.2f} elsewhere" for name, d in decided.items()]
+    bits = next(iter(decided.values()))["bits_per_byte"]
+    about.append(f"{len(text):,} bytes, {bits:.3f} bits per byte (ends of documents are not predicted here)")
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 140)
     console.print(tables(rows, [*about, *notes]))
 

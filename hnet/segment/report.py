@@ -23,7 +23,11 @@ PLACES = {
     "char_start_share": "character\nstarts", "char_end_share": "character\nends", "grapheme_start_share": "graphemes",
     "space_share": "white\nspace", "word_start_share": "word\nstarts", "word_end_share": "word\nends",
 }  # fmt: skip
-EDGES = {"words": "starts of words", "morphemes": "starts of morphemes", "morphemes_inside": "those inside words"}
+EDGES = {
+    "words": "starts of words",
+    "morphemes": "starts of morphemes",
+    "morphemes_inside": "starts of morphemes inside words",
+}
 
 
 def score_rows(

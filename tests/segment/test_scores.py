@@ -162,6 +162,13 @@ def test_graphemes_of_telugu():
     assert grapheme_share("క్ర", [3]) == 0  # the virama never begins one
 
 
+def test_a_conjunct_is_one_grapheme():
+    """పుస్త: pa + u, then sa virama ta, which are one cluster since Unicode 15.1: ta (12) begins none, sa (6) does"""
+    assert grapheme_share("పుస్త", [12]) == 0
+    assert grapheme_share("పుస్త", [6, 9, 12]) == pytest.approx(1 / 3)
+    assert grapheme_share("క్‌ష", [9]) == 1  # a non-joiner keeps them apart
+
+
 def test_graphemes_of_emoji():
     """A family of three is one cluster: 4 + 3 + 4 + 3 + 4 bytes; so is a thumb with its skin tone, 4 + 4"""
     family = "👩‍👩‍👧👍🏽"
@@ -191,11 +198,16 @@ def test_crlf_is_one_cluster():
         # nothing: H = 0, O = -100: r1 = 141.4214, r2 = 0
         (0, 0, 10, (math.nan, 0, 0, 1 - 141.4214 / 200)),
         (0, 3, 0, (0, math.nan, 0, math.nan)),
+        # as others' code has it, to a hundredth of a per cent: github.com/kamperh/vqwordseg, results.md, the VQ-VAE's
+        # phones (P 66.42, R 75.77, F 70.79, R-value 72.44) and words (15.81, 68.13, 25.66, -194.47) on Buckeye
+        (7577, 11408, 10000, (0.6642, 0.7577, 0.7079, 0.7244)),
+        (6813, 43090, 10000, (0.1581, 0.6813, 0.2566, -1.9447)),
     ],
 )
 def test_formulas(hits, found, gold, expected):
     a = Agreement(hits, found, gold)
-    assert (a.precision, a.recall, a.f1, a.r_value) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    exact = 1e-6 if found < 100 else 1e-4
+    assert (a.precision, a.recall, a.f1, a.r_value) == pytest.approx(expected, abs=exact, nan_ok=True)
 
 
 def test_enrichment():
