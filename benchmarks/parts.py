@@ -29,6 +29,7 @@ from hnet.model.norm import RMSNorm
 from hnet.train.loop import Trainer
 
 ROUTING, HEAD, REST = "routing, pool, dechunk", "head, cross entropy", "rest"
+# the laptop's layers; any other is part of the rest
 LAYERS = {CausalAttention: "attention", GatedConv: "convolutions", SwiGLU: "MLPs", RMSNorm: "norms", Isotropic: REST}
 PARTS = (
     "embeddings, n-grams", "attention", "convolutions", "MLPs", "norms", ROUTING, HEAD, "optimiser, clipping", "data",
