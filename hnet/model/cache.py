@@ -135,6 +135,25 @@ class StageCache:
     def attention(self) -> Iterator[AttentionCache]:
         return (layer for layer in [*self.layers, *self.decoder] if isinstance(layer, AttentionCache))
 
+    def move(self, source: int, to: int) -> None:
+        """Slot `to` takes over what slot `source` has seen."""
+        seen = self.seen[source]
+        for layer in self.attention():
+            rows = slice(min(seen, layer.capacity))
+            layer.k[to, rows] = layer.k[source, rows]
+            layer.v[to, rows] = layer.v[source, rows]
+        states = [self.length]
+        for kept in [*self.layers, *self.decoder, self.route]:
+            if isinstance(kept, ConvCache):
+                states += [kept.tail]
+            elif isinstance(kept, MambaCache):
+                states += [kept.tail, kept.ssm]
+            elif isinstance(kept, RouteCache):
+                states += [kept.q_last, kept.ema, kept.tail]
+        for state in states:
+            state[to] = state[source]
+        self.seen[to] = seen
+
     def rows(self, named: list[int]) -> Rows:
         """For one new position of each of these slots, for which there is room afterwards."""
         for layer in self.attention():
@@ -176,6 +195,30 @@ class HNetCache:
         recent = torch.cat([self.recent[where], new[:, None]], 1)
         self.recent[where] = recent[:, 1:]
         return recent
+
+    @torch.inference_mode()
+    def move(self, source: int, to: int) -> None:
+        """Slot `to` takes over what slot `source` has seen, so that those in use lie first, where a step gathers
+        nothing. The source keeps its state until it is filled anew.
+
+        Raises:
+            ValueError: one of them is not there, or they are the same.
+        """
+        self.checked([source, to])
+        for stage in self.root.stages():
+            stage.move(source, to)
+        if self.recent is not None:
+            self.recent[to] = self.recent[source]
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Forget keys and values that are no numbers: attention gives unseen rows the weight 0, and 0 x NaN is NaN for
+        whoever has the slot next. All else is overwritten when it is filled."""
+        self.checked([slot])
+        for stage in self.root.stages():
+            for layer in stage.attention():
+                layer.k[slot] = 0
+                layer.v[slot] = 0
 
     @property
     def length(self) -> Tensor:
