@@ -3,8 +3,7 @@ import torch
 
 from hnet import BOS, EOS, HNetConfig, HNetForCausalLM
 from hnet.generate import generate, stream
-from hnet.generate.engine import stream_text
-from hnet.generate.sampling import SamplingConfig, nucleus, penalise, sample
+from hnet.generate.texts import stream_text
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +42,7 @@ class Scripted(torch.nn.Module):
 
     def allocate_cache(self, n, length):
         self.at = [0] * n
+        return self
 
     def _logits(self, slots):
         out = torch.full((len(slots), 256), -30.0)
@@ -51,7 +51,7 @@ class Scripted(torch.nn.Module):
             self.at[s] += 1
         return out
 
-    def prefill(self, ids, cu, cache):
+    def prefill(self, ids, cu, cache, slots):
         logits = torch.zeros(len(ids), 256)
         logits[cu[1:].long() - 1] = self._logits(range(len(cu) - 1))
         return type("Out", (), {"logits": logits})
@@ -74,6 +74,19 @@ def test_bos_is_never_generated(sampling):
     assert not any(BOS in text for text in new)
 
 
+def test_prompts_have_the_seeds_that_follow_one_another(model):
+    together = generate(model, ["x", "x", "y"], max_new_bytes=30, seed=7)
+    assert together == [generate(model, p, max_new_bytes=30, seed=7 + n)[0] for n, p in enumerate("xxy")]
+    assert together[0] != together[1]
+
+
+def test_a_stop_string_is_not_yielded_and_what_was_held_back_is():
+    m = Scripted(b"one, two; three" + bytes([EOS]))
+    assert generate(m, ["a", "b"], max_new_bytes=50, stop=["; t", b"four"]) == [b"one, two"] * 2
+    steps = list(stream(m, ["a"], max_new_bytes=5, stop=", twenty"))
+    assert [list(s.values()) for s in steps] == [[byte] for byte in b"one, "]
+
+
 def test_streamed_text_never_breaks_a_character():
     text = "naïve – తెలుగు 🎉"
     pieces = list(stream_text(Scripted(text.encode() + bytes([EOS])), "x", max_new_bytes=100))
@@ -86,26 +99,6 @@ def test_streamed_text_never_breaks_a_character():
     assert "".join(bad) == "a�b"
 
 
-def test_nucleus():
-    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    assert nucleus(p, 0.5).tolist() == [[0.5, 0, 0, 0]]
-    assert torch.allclose(nucleus(p, 0.6), torch.tensor([[0.5, 0.3, 0, 0]]))
-    assert torch.allclose(nucleus(p, 1.0), p)
-    torch.manual_seed(0)
-    draws = sample(p.log().repeat(2000, 1), SamplingConfig(top_p=0.7), [b""] * 2000)
-    share = torch.bincount(draws, minlength=4) / 2000
-    assert share[2:].sum() == 0
-    assert share[0].item() == pytest.approx(0.625, abs=0.04)
-
-
-def test_a_draw_is_that_of_torch_multinomial():
-    probs = torch.softmax(torch.randn(50, 256, generator=torch.Generator().manual_seed(0)), -1)
-    a, b = (torch.Generator().manual_seed(1) for _ in range(2))
-    for _ in range(3):
-        drawn = sample(probs.log(), SamplingConfig(), [b""] * 50, a)
-        assert torch.equal(drawn, torch.multinomial(torch.softmax(probs.log(), -1), 1, generator=b)[:, 0])
-
-
 def test_logits_that_are_not_finite_are_an_error():
     class Lost(Scripted):
         def _logits(self, slots):
@@ -113,15 +106,6 @@ def test_logits_that_are_not_finite_are_an_error():
 
     with pytest.raises(RuntimeError, match="logits are not finite: there is nothing to sample"):
         generate(Lost(b"hello"), ["a", "b"], max_new_bytes=5)
-
-
-def test_temperature_zero_and_repetition_penalty():
-    logits = torch.tensor([[1.0, 2.0, -1.0]])
-    assert sample(logits, SamplingConfig(temperature=0), [b""]).tolist() == [1]
-    c = SamplingConfig(temperature=0, repetition_penalty=4.0, repetition_window=2)
-    assert torch.allclose(penalise(logits, c, [b"\x01\x02"]), torch.tensor([[1.0, 0.5, -4.0]]))
-    assert sample(logits, c, [b"\x01\x02"]).tolist() == [0]
-    assert sample(logits, c, [b"\x01\x00\x02"]).tolist() == [1]  # byte 1 has left the window
 
 
 def test_bad_options(model):

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hnet.errors import PathTaken, user_path
-from hnet.generate.engine import stream_text
+from hnet.generate.texts import stream_text
 from hnet.segment import render_plain, render_rich, segment
 from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer

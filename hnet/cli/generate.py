@@ -32,7 +32,7 @@ def generate(model: str, prompt: str | None, stateful: bool, device: str, dtype:
     """Continue a prompt. MODEL is a run directory, a checkpoint, a .safetensors or .pt file (also of train-chunk-lm
     --ckpt), of an H-Net or a ChunkLM; for an H-Net also a repository."""
     from hnet.generate.chunk_lm import generate_text
-    from hnet.generate.engine import stream_text
+    from hnet.generate.texts import stream_text
 
     lm = load(model, pick_device(device), dtype)
     text = sys.stdin.buffer.read() if prompt is None else prompt.encode("utf-8", "surrogateescape")

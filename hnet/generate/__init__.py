@@ -4,10 +4,12 @@ from hnet.chunk_lm.model import ChunkLM
 from hnet.model.causal_lm import HNetForCausalLM
 
 from . import chunk_lm
-from .engine import generate, stream
-from .sampling import SamplingConfig
+from .config import SamplingConfig
+from .engine import Engine
+from .request import Request
+from .texts import generate, stream
 
 HNetForCausalLM.generate = generate
 ChunkLM.generate = chunk_lm.generate_bytes
 
-__all__ = ["SamplingConfig", "generate", "stream"]
+__all__ = ["Engine", "Request", "SamplingConfig", "generate", "stream"]

@@ -10,7 +10,7 @@ kernel_len - 1 activations and the running mean of every block give exactly what
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,13 @@ from torch import Tensor
 
 from hnet.chunk_lm.model import ChunkLM
 from hnet.errors import UserError
-from hnet.generate.sampling import SamplingConfig, read_bytes, sample
+
+from .config import SamplingConfig
+from .engine import as_bytes
+from .history import History
+from .request import checked_seed
+from .sampling import NOT_FINITE, Sampler
+from .stops import StopStrings, checked
 
 
 def generate(
@@ -27,55 +33,62 @@ def generate(
     prompt: str | bytes,
     *,
     max_new_bytes: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    repetition_window: int = 64,
     seed: int | None = None,
     stateful: bool = False,
+    stop: str | bytes | Sequence[str | bytes] = (),
+    **sampling: Any,
 ) -> Iterator[bytes]:
     """Continue a prompt, yielding new bytes as they come: up to `chunk` of them, or one from the next-byte head.
 
     Args:
         model: on any device, any dtype, in training or not; its cutoff is used.
         prompt: text (as UTF-8) or bytes, at least one byte.
-        max_new_bytes: exactly this many are generated; the last chunk is cut.
-        temperature, top_p, repetition_penalty, repetition_window: see SamplingConfig.
+        max_new_bytes: exactly this many are generated, unless a stop string or an unfinished character ends the text
+            before; the last chunk is cut.
         seed: makes the run repeatable. Default: PyTorch's global generator.
         stateful: remember the text beyond the window, see above.
+        stop: texts or bytes that end the text and are no part of it.
+        **sampling: fields of SamplingConfig: temperature, top_p, repetition_penalty, ...; not logprobs.
 
     Raises:
         ValueError: an empty prompt, max_new_bytes < 0, a sampling option out of range.
+        RuntimeError: while generating: the model's logits are not finite.
     """
-    text = prompt.encode() if isinstance(prompt, str) else bytes(prompt)
+    text = as_bytes(prompt)
     if not text:
         raise UserError("prompt must hold at least one byte")
     if max_new_bytes < 0:
         raise UserError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
-    config = SamplingConfig(temperature, top_p, repetition_penalty, repetition_window)
-    generator = None if seed is None else torch.Generator(model.head.weight.device).manual_seed(seed)
-    return _generate(model, text, max_new_bytes, config, generator, stateful)
+    config = SamplingConfig(**sampling)
+    history = History(text, config, seed=checked_seed(seed), limit=max_new_bytes, bos=True, eos=False)
+    return _generate(model, history, max_new_bytes, StopStrings(checked(stop, config.valid_utf8)), stateful)
 
 
-def _generate(
-    model: ChunkLM,
-    text: bytes,
-    left: int,
-    config: SamplingConfig,
-    generator: torch.Generator | None,
-    stateful: bool,
-) -> Iterator[bytes]:
+def _generate(model: ChunkLM, history: History, limit: int, stops: StopStrings, stateful: bool) -> Iterator[bytes]:
     reader = (CausalReader if model.config.causal else ChunkReader)(model, stateful)
-    new = recent = text
-    while left:
+    sampler = Sampler(256, model.head.weight.device)
+    read = 0
+    while history.new < limit and not history.stuck:
+        new = bytes(history.text[read:])
+        read = len(history.text)
         with torch.inference_mode(), evaluating(model):
-            logits = reader.read(new)[:left]
-        new = b""
-        for row in logits:  # the penalty sees the bytes of this very chunk
-            new += bytes(read_bytes(sample(row[None], config, [recent + new], generator)))
-        recent = (recent + new)[-max(config.repetition_window, 1) :]
-        left -= len(new)
-        yield new
+            logits = reader.read(new)[: limit - history.new]
+        shown, stopped = b"", False
+        for row in logits:  # what looks at the past sees the bytes of this very chunk
+            (choice,) = sampler(row[None], [history])
+            if choice.byte < 0:
+                raise RuntimeError(NOT_FINITE)
+            history.append(choice.byte)
+            piece, stopped = stops.push(choice.byte)
+            shown += piece
+            if stopped:
+                break
+        if not stopped and history.new == limit:
+            shown += stops.flush()
+        if shown:
+            yield shown
+        if stopped:
+            return
 
 
 @contextmanager

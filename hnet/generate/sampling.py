@@ -1,80 +1,135 @@
-"""From logits to bytes: temperature, nucleus, repetition penalty."""
+"""From logits to bytes, for rows with settings of their own (`SamplingConfig` says which, and in which order).
+
+What a text's past asks for is kept on the host by its `History` and uploaded; the rest happens on the device for all
+rows at once, and the host waits once, for what was chosen.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hnet.errors import UserError
+from .config import SamplingConfig
+from .history import History, allowed_table
+
+NOT_FINITE = "the model's logits are not finite: there is nothing to sample"
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """temperature 0 is greedy. top_p keeps the most probable bytes that sum to it. repetition_penalty > 1 lowers the
-    logits of the bytes among the last `repetition_window`."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    repetition_window: int = 64
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature must be >= 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not (self.repetition_penalty >= 1 and math.isfinite(self.repetition_penalty)):
-            raise UserError(f"repetition_penalty must be >= 1, got {self.repetition_penalty}")
-        if self.repetition_window < 0:
-            raise UserError(f"repetition_window must be >= 0, got {self.repetition_window}")
+class Choice(NamedTuple):
+    byte: int  # -1: the row's logits are no numbers
+    logprob: float | None = None  # natural logarithm, as the model gave it
+    top: tuple[tuple[int, float], ...] = ()  # (byte, logprob) of the most probable, where asked for
 
 
-def sample(
-    logits: Tensor, config: SamplingConfig, recent: list[bytes], generator: torch.Generator | None = None
-) -> Tensor:
-    """(n, vocab) logits -> (n,) int64. `recent` holds each row's last bytes, for the repetition penalty. Waits for no
-    GPU: -1 where a row holds what is no number, for which torch.multinomial would look twice."""
-    logits = logits.float()
-    if config.repetition_penalty > 1:
-        logits = penalise(logits, config, recent)
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    probs = torch.softmax(logits / config.temperature, -1)
-    if config.top_p < 1:
-        probs = nucleus(probs, config.top_p)
-    noise = torch.empty_like(probs).exponential_(1, generator=generator)  # as torch.multinomial draws one, bit for bit
-    return torch.where(probs.isfinite().all(-1), (probs / noise).argmax(-1), -1)
+class Sampler:
+    """Chooses a byte for each row of logits (n, vocab) on a device."""
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self.vocab, self.device = vocab, device
+        self.allowed = torch.from_numpy(allowed_table(vocab)).to(device)
+        self.configs: list[SamplingConfig] = []
+        self.settings: dict[str, Tensor] = {}
+
+    def __call__(self, logits: Tensor, rows: Sequence[History]) -> list[Choice]:
+        """The next byte of every text. The one wait for the device."""
+        chosen = self.sample(logits, rows)
+        wanted = [row.config.logprobs for row in rows]
+        if all(count is None for count in wanted):
+            return [Choice(byte) for byte in chosen.tolist()]
+        count = min(max(c or 0 for c in wanted), self.vocab)
+        logprobs = torch.log_softmax(logits.float(), -1)
+        own = logprobs.gather(-1, chosen.clamp(min=0)[:, None])
+        best, index = logprobs.topk(count, -1)
+        read = torch.cat([chosen[:, None].double(), own.double(), index.double(), best.double()], -1).tolist()
+        choices = []
+        for c, (byte, p, *rest) in zip(wanted, read, strict=True):
+            top = tuple((int(b), q) for b, q in zip(rest[:count], rest[count:], strict=True))
+            choices.append(Choice(int(byte)) if c is None else Choice(int(byte), p, top[:c]))
+        return choices
+
+    def sample(self, logits: Tensor, rows: Sequence[History]) -> Tensor:
+        """(n, vocab) -> (n,) int64, on the device, which the host does not wait for. -1 where a row is no numbers."""
+        self._use([row.config for row in rows])
+        x = logits.float()
+        highest = x.amax(-1)
+        if "repetition_penalty" in self.settings:
+            seen = self._bytes(rows, History.mark_seen, lambda c: c.repetition_penalty > 1, bool)
+            x = penalise(x, self.settings["repetition_penalty"], seen)
+        if any(c.adjusts for c in self.configs):
+            x = x + self._bytes(rows, History.adjust, lambda c: c.adjusts, np.float32)
+        allowed = self.allowed[upload(np.array([row.situation for row in rows]), self.device)]
+        if any(c.no_repeat_ngram for c in self.configs):
+            banned = self._bytes(rows, History.mark_banned, lambda c: c.no_repeat_ngram > 0, bool)
+            free = allowed & ~banned
+            allowed = torch.where(free.any(-1, keepdim=True), free, allowed)
+        x = x.masked_fill(~allowed, -torch.inf)
+        finite = (highest + x.amax(-1)).isfinite()
+        chosen = x.argmax(-1)
+        if "temperature" in self.settings:
+            probs = torch.softmax(x / self.settings["temperature"], -1)
+            if "top_p" in self.settings:
+                probs = truncate(probs, self.settings["top_k"], self.settings["top_p"], self.settings["min_p"])
+            noise = self._bytes(rows, History.fill_noise, lambda c: c.temperature > 0, np.float64)
+            chosen = torch.where(self.settings["greedy"], chosen, (probs / noise).argmax(-1))
+        return torch.where(finite, chosen, -1)
+
+    def _use(self, configs: list[SamplingConfig]) -> None:
+        """Upload settings, (n, 1) each, where they are not those of the step before."""
+        if len(configs) == len(self.configs) and all(a is b for a, b in zip(configs, self.configs, strict=True)):
+            return
+
+        def column(values: Sequence[float], dtype: type) -> Tensor:
+            return upload(np.array(values, dtype=dtype), self.device)[:, None]
+
+        self.configs, self.settings = configs, {}
+        if any(c.repetition_penalty > 1 for c in configs):
+            self.settings["repetition_penalty"] = column([c.repetition_penalty for c in configs], np.float32)
+        if any(c.temperature for c in configs):
+            self.settings["temperature"] = column([c.temperature or 1 for c in configs], np.float32)
+            self.settings["greedy"] = column([c.temperature == 0 for c in configs], np.bool_)[:, 0]
+            if any(c.top_k or c.top_p < 1 or c.min_p for c in configs):
+                self.settings["top_k"] = column([min(c.top_k or self.vocab, self.vocab) for c in configs], np.int64)
+                self.settings["top_p"] = column([c.top_p for c in configs], np.float32)
+                self.settings["min_p"] = column([c.min_p for c in configs], np.float32)
+
+    def _bytes(
+        self, rows: Sequence[History], fill: Callable[[History, np.ndarray], None],
+        uses: Callable[[SamplingConfig], bool], dtype: type,
+    ) -> Tensor:  # fmt: skip
+        """(n, vocab) of zeros, each row filled by its text where its settings use it."""
+        values: np.ndarray = np.zeros((len(rows), 256), dtype=dtype)
+        for row, value in zip(rows, values, strict=True):
+            if uses(row.config):
+                fill(row, value)
+        if self.vocab > 256:
+            values = np.pad(values, ((0, 0), (0, self.vocab - 256)))
+        return upload(np.ascontiguousarray(values[:, : self.vocab]), self.device)
 
 
-def read_bytes(chosen: Tensor) -> list[int]:
-    """What `sample` chose, on the host: the one wait for it.
-
-    Raises:
-        RuntimeError: the logits of a row were not finite.
-    """
-    values = chosen.tolist()
-    if min(values, default=0) < 0:
-        raise RuntimeError("the model's logits are not finite: there is nothing to sample")
-    return values
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device; the host does not wait until a GPU has it."""
+    x = torch.from_numpy(values)
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of bytes whose probability reaches top_p (at least one); not renormalised."""
-    ordered, index = probs.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(probs).scatter(-1, index, torch.where(before < top_p, ordered, 0))
+def penalise(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
+    """Divide positive and multiply negative logits of seen bytes (CTRL, arXiv 1909.05858, section 4.1). seen
+    (n, vocab) bool, penalty (n, 1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def penalise(logits: Tensor, config: SamplingConfig, recent: list[bytes]) -> Tensor:
-    """Divide positive and multiply negative logits of recently seen bytes (CTRL, arXiv 1909.05858, section 4.1)."""
-    seen = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, text in enumerate(recent):
-        window = text[-config.repetition_window :] if config.repetition_window else b""
-        seen[row, list(set(window))] = True
-    if logits.is_cuda:
-        seen = seen.pin_memory().to(logits.device, non_blocking=True)
-    lowered = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
-    return torch.where(seen, lowered, logits)
+def truncate(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zero what top_k, top_p (of the share that top_k leaves) and min_p cut, each (n, 1); the most probable byte always
+    stays. Not renormalised."""
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    keep = torch.arange(probs.shape[-1], device=probs.device) < top_k
+    left = torch.where(keep, ordered, 0)
+    before = left.cumsum(-1) - left
+    keep &= (before < top_p * left.sum(-1, keepdim=True)) | (top_p >= 1)
+    keep[:, 0] = True
+    keep &= ordered >= min_p * ordered[:, :1]
+    return torch.zeros_like(probs).scatter(-1, index, torch.where(keep, ordered, 0))

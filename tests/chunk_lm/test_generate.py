@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hnet.generate import SamplingConfig
 from hnet.generate.chunk_lm import generate, generate_text
-from hnet.generate.sampling import SamplingConfig, sample
+from hnet.generate.history import History
+from hnet.generate.sampling import Sampler
 
 from .test_model import ids, make
 
@@ -75,7 +77,7 @@ def test_causal_stateful_generation_is_greedy_on_the_whole_text():
 def test_cost_of_a_byte_does_not_grow_with_the_text(options):
     model = make(torch.float32, **options)
     costs = []
-    stream = generate(model, PROMPT, max_new_bytes=400, stateful=True, seed=0)
+    stream = generate(model, PROMPT, max_new_bytes=400, stateful=True, temperature=0)
     while True:
         with FlopCounterMode(display=False) as counter:
             new = next(stream, None)
@@ -129,10 +131,30 @@ def test_repetition_penalty_sees_the_bytes_of_its_own_chunk():
 
 def test_top_p_and_temperature_are_those_of_the_h_net():
     model = make().eval()
-    config = SamplingConfig(temperature=0.8, top_p=0.7)
-    rows, generator = model(torch.tensor([list(PROMPT[-48:])]))[0], torch.Generator().manual_seed(5)
-    expected = bytes(int(sample(row[None], config, [b""], generator)) for row in rows)
+    history = History(PROMPT, SamplingConfig(temperature=0.8, top_p=0.7), seed=5, bos=True)
+    for row in model(torch.tensor([list(PROMPT[-48:])]))[0]:
+        history.append(Sampler(256, row.device)(row[None], [history])[0].byte)
+    expected = bytes(history.text[len(PROMPT) :])
     assert sampled(model, max_new_bytes=8, temperature=0.8, top_p=0.7, seed=5) == [expected]
+
+
+def test_stop_strings_and_whole_characters():
+    model = make().eval()
+    text = b"".join(sampled(model, max_new_bytes=40, seed=1))
+    stop = text[13:16]  # across two chunks
+    assert b"".join(sampled(model, max_new_bytes=40, seed=1, stop=stop)) == text[: text.index(stop)]
+    for limit in range(1, 12):
+        new = b"".join(sampled(model, max_new_bytes=limit, seed=limit, valid_utf8=True, logit_bias={0xE2: 8.0}))
+        assert len(new) == limit
+        new.decode()
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make().eval()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(RuntimeError, match="logits are not finite: there is nothing to sample"):
+        sampled(model, max_new_bytes=8)
 
 
 def test_streamed_text_never_breaks_a_character():
