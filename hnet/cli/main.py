@@ -1,4 +1,4 @@
-"""hnet: train, eval, export, generate, segment, plot, diagnose, info; train-chunk-lm, generate-chunk-lm."""
+"""hnet: train, eval, export, generate, segment, plot, diagnose, sweep, info; train-chunk-lm, generate-chunk-lm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .segment import segment
+from .sweep import sweep
 from .train import train, train_chunk_lm
 
 
@@ -76,6 +77,7 @@ main.add_command(evaluate)
 main.add_command(export)
 main.add_command(plot)
 main.add_command(diagnose)
+main.add_command(sweep)
 
 
 @main.command()
