@@ -367,6 +367,7 @@ for (let s = 0; s < S; s++) {
   $("stages").append(label);
 }
 function keys() {
+  $("text").style.lineHeight = 1.45 + 0.25 * shown.length;
   for (const label of $("stages").querySelectorAll("label")) {
     const k = shown.indexOf(Number(label.firstChild.value));
     label.lastChild.className = k < 0 ? "" : `key key${Math.min(k, 1)}`;
