@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .windows import Windows, WindowStream, chunk_lm_loss
 
 class ChunkLMTask:
     prints = True  # its own lines, below
+    held_out: Sequence[dict] = ()  # it has no boundaries
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from hnet.train.config import TrainConfig
 from hnet.train.loop import Trainer
 
 MARKER = ".demo"  # the digest of the config.toml that the demo wrote: by it a later demo knows its own
-WRITTEN = {MARKER, "config.toml", "metrics.jsonl", "checkpoints", "samples", "plots"}
+WRITTEN = {MARKER, "config.toml", "metrics.jsonl", "held_out.jsonl", "checkpoints", "samples", "plots"}
 PROMPT = 'def read_lines(path):\n    """'
 
 

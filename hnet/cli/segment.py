@@ -50,15 +50,22 @@ PICTURE = 4000  # bytes of a picture, where --bytes says nothing
     "which is trained on the words of the text.",
 )  # fmt: skip
 @click.option("--separator", default=" ", help="What stands between the morphemes of a word in FILE.  [default: space]")
+@click.option(
+    "--timeline", is_flag=True,
+    help="No FILE: one page of a run's held-out lines, in which boundaries move from evaluation to evaluation.",
+)  # fmt: skip
 @device_options
 def segment(
     model: str, file: BinaryIO, stage: int | None, kind: str | None, out: str | None, limit: int | None,
-    seq_len: int | None, score: bool, morphemes: str | None, separator: str, device: str, dtype: str,
+    seq_len: int | None, score: bool, morphemes: str | None, separator: str, timeline: bool, device: str, dtype: str,
 ) -> None:  # fmt: skip
     """Show the chunks MODEL makes of FILE (default: standard input), of any size: it is read piece by piece, each piece
     seen after the quarter of seq-len bytes before it. docs/segmentation.md has the formats."""
     from hnet.segment import segment_file
 
+    if timeline:
+        write_timeline(model, out)
+        return
     kind = kind or SUFFIXES.get(Path(out or "").suffix.lower())
     if score and kind not in (None, "jsonl"):
         raise UserError(f"--score prints tables, or with --format jsonl a line a row, got {kind}")
@@ -113,6 +120,14 @@ def write(
                 stream.write(json_line(piece, shown) + "\n")
         else:
             write_text(stream, found, stage, colours=kind == "ansi")
+
+
+def write_timeline(run: str, out: str | None) -> None:
+    from hnet.segment.timeline import timeline
+
+    page = timeline(run)
+    with opened(out) as stream:
+        stream.write(page)
 
 
 def write_text(stream: TextIO, found: Iterator[Segmentation], stage: int | None, *, colours: bool) -> None:

@@ -1,6 +1,6 @@
 """Going back: what a run directory holds of later steps than the one a run goes on from is moved aside, never deleted.
 
-    RUN/abandoned/from_step_00000004_1/    config.toml  metrics.jsonl  wandb_id  samples/  checkpoints/
+    RUN/abandoned/from_step_00000004_1/    config.toml  metrics.jsonl  held_out.jsonl  wandb_id  samples/  checkpoints/
 
 That folder is a run directory itself (`hnet eval`, `generate`, `plot`), less the rows up to the step it parted at,
 which stay in RUN. A killed run leaves only rows behind its last checkpoint: they are moved too, and written again.
@@ -19,7 +19,7 @@ from hnet.metrics_log import read_metrics
 
 from .checkpoint import BEST, link, list_checkpoints, mark_best, name_of, step_of
 
-METRICS, SAMPLES, WANDB_ID = "metrics.jsonl", "samples", "wandb_id"
+METRICS, HELD_OUT, SAMPLES, WANDB_ID = "metrics.jsonl", "held_out.jsonl", "samples", "wandb_id"
 
 
 class Abandoned(NamedTuple):
@@ -51,6 +51,7 @@ def set_aside(out: Path, step: int, best_step: int | None = None) -> Abandoned |
     log = out / METRICS
     rows = read_metrics(log) if log.exists() else []
     later = [r for r in rows if r.get("step", 0) > step]
+    kept = read_metrics(out / HELD_OUT) if (out / HELD_OUT).exists() else []
     done = None
     if gone or samples or later:
         folder = _new_folder(out / "abandoned", max(step, 0))
@@ -59,11 +60,15 @@ def set_aside(out: Path, step: int, best_step: int | None = None) -> Abandoned |
         if gone and (out / WANDB_ID).exists():  # W&B takes no step twice: what comes now is another of its runs
             os.rename(out / WANDB_ID, folder / WANDB_ID)
         _write_rows(folder / METRICS, later)
+        if lines := [r for r in kept if r.get("step", 0) > step]:
+            _write_rows(folder / HELD_OUT, lines)
         _move(samples, folder / SAMPLES)
         _move(gone, folder / "checkpoints")  # lowest first: if killed in between, the latest is still the same
         done = Abandoned(folder, [p.name for p in gone], len(later))
     if log.exists():
         _write_rows(log, [r for r in rows if r.get("step", 0) <= step])  # also without a last line cut short
+    if kept:
+        _write_rows(out / HELD_OUT, [r for r in kept if r.get("step", 0) <= step])
     if best.is_dir() and step_of(best) == step and not (root / name_of(step)).exists():
         link(best, root / name_of(step))
     if best_step is not None and not best.exists() and (root / name_of(best_step)).is_dir():

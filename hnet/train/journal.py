@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hnet.disk import full_disk, replacing
 from hnet.errors import user_path
 from hnet.events import Event
 
-from .branches import METRICS, SAMPLES, Abandoned
+from .branches import HELD_OUT, METRICS, SAMPLES, Abandoned
 from .console import TrainConsole
 from .metrics import MetricsFile
 
@@ -82,6 +84,18 @@ class Journal:
                 raise
             self.event(step, Event("disk_full", f"no room for the sample of step {step}"))
         self.console.show(picture)
+
+    def held_out(self, step: int, lines: Sequence[dict[str, Any]]) -> None:
+        """Keep where boundaries of held-out lines are at an evaluation."""
+        if not self.main or not lines:
+            return
+        try:
+            with (self.out / HELD_OUT).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "lines": lines}, ensure_ascii=False) + "\n")
+        except OSError as e:
+            if not full_disk(e):
+                raise
+            self.event(step, Event("disk_full", f"no room for the held-out lines of step {step}"))
 
     def plots(self) -> None:
         from hnet.plots.run import plot_run  # matplotlib takes a second to import

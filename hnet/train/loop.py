@@ -268,6 +268,7 @@ class Trainer:
         if self.step == 0:
             result = self.evaluate()
             journal.row({"step": 0, "bytes": 0, "time": 0.0, **result})
+            journal.held_out(0, self.task.held_out)
             journal.say(f"held-out bits per byte before training: {result['val_bpb']:.3f}")
         if self.not_captured:
             message = f"the training step runs without a CUDA graph: {self.not_captured}"
@@ -331,6 +332,7 @@ class Trainer:
         ):
             journal.row(row)
         if "val_bpb" in row:
+            journal.held_out(row["step"], self.task.held_out)
             journal.say(f"step {row['step']}: held-out bits per byte {row['val_bpb']:.3f}")
         journal.console.update(row)
 

@@ -12,6 +12,7 @@ observe(row)              what moves by the numbers of a finished step; events. 
 settles(step)             whether all `step` steps must be answered before the next one starts
 evaluated(val_ce)         what moves by an evaluation; events
 evaluate(), sample()      held-out cross entropy; a text to keep and one to look at
+held_out                  lines of the last evaluation's text with their boundaries, to keep; perhaps none
 prints, lines(row)        whether it prints rows itself, and what; called once for every finished row, in order
 saved(checkpoint, step)   after a checkpoint is complete
 state_dict, load_state_dict
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ from .decisive import Decisive
 from .distributed import shard
 from .evaluation import evaluate_hnet
 from .flips import Flips
+from .held_out_lines import HeldOutLines
 from .losses import losses
 from .shards import spread_state_like
 from .start import check_reach, pack_size, settle_steps
@@ -96,6 +99,7 @@ class HNetTask:
         self.decisive = Decisive(config, len(self.compression.stages), device)
         self.costs = stage_costs(self.model)
         self.flips, self.boundary_scores = Flips(world), BoundaryScores()
+        self.held_out_lines, self.held_out = HeldOutLines(), list[dict[str, Any]]()
 
     def prepare(self, step: int) -> None:
         self.compression.prepare(step)
@@ -200,8 +204,9 @@ class HNetTask:
             return result
         result |= {f"stage{i}/flips": x for i, x in enumerate(flips.compare() or [])}
         if flips.last is not None:
-            packs = eval_batches(self.val, c.seq_len, self.pack_bytes, c.eval_bytes)
-            result |= self.boundary_scores.scores(flips.last, packs)
+            packs = partial(eval_batches, self.val, c.seq_len, self.pack_bytes, c.eval_bytes)
+            result |= self.boundary_scores.scores(flips.last, packs())
+            self.held_out = self.held_out_lines.read(flips.last, packs())
         return result
 
     def sample(self) -> tuple[str, Text]:

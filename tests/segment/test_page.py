@@ -1,5 +1,6 @@
 """The page of chunks in Debian's Chromium, headless, without a network."""
 
+import json
 import re
 import shutil
 import time
@@ -9,6 +10,7 @@ import pytest
 
 from hnet.segment import Segmentation, Stage, show
 from hnet.segment.page import write_page
+from hnet.segment.timeline import timeline
 
 from .conftest import made_up
 
@@ -241,3 +243,31 @@ def test_a_notebook_s_frame_runs(opened, two_stages):
     frame = page.frames[1]
     frame.wait_for_selector(".c")
     assert "".join(texts(frame)) == "<b>framed</b>"
+
+
+def test_a_timeline_moves_from_evaluation_to_evaluation(opened, tmp_path):
+    lines = [{"step": 10 * i, "lines": [{"text": "un <b>é", "starts": starts}]} for i, starts in enumerate(MOVING)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    rows = [{"step": 10 * i, "val_bpb": 8.0 - i} for i in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    page = opened(text=timeline(tmp_path))
+
+    def shown():
+        return texts(page, "summary .c"), texts(page, "summary .new"), page.inner_text("#summary")
+
+    assert shown() == (["u", "n <b>é"], ["n <b>é"], "step 20 · 6.000 held-out bits a byte · 2 in these lines")
+    page.focus("#evaluation")
+    page.keyboard.press("ArrowLeft")
+    assert shown() == (["un", " <b>é"], [], "step 10 · 7.000 held-out bits a byte · 1 in these lines")
+    page.select_option("#stage", "1")
+    assert shown()[0] == ["un <b>C3", "A9"]
+    page.focus("summary")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".history .row")
+    assert texts(page, ".history .step") == ["step 0", "step 10", "step 20"]
+    page.locator("#chart circle").first.click()
+    assert page.inner_text("#summary").startswith("step 0 · 8.000")
+    assert page.get_attribute("#evaluation", "aria-valuetext") == "step 0"
+
+
+MOVING = [[[0, 2, 5], [0]], [[0, 2], [0, 7]], [[0, 1], [0]]]  # of each evaluation, by stage

@@ -28,7 +28,9 @@ def weights(trainer):
 def test_run_directory_and_metrics(config):
     result = Trainer(config).train()
     out = Path(config.out)
-    assert {p.name for p in out.iterdir()} == {"config.toml", "metrics.jsonl", "checkpoints", "samples"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.toml", "metrics.jsonl", "held_out.jsonl", "checkpoints", "samples",
+    }  # fmt: skip
     assert [p.name for p in list_checkpoints(out / "checkpoints")] == ["step_00000004", "step_00000008"]
     rows = metrics(config)
     assert [r["step"] for r in rows] == list(range(9))
