@@ -50,7 +50,8 @@ else:
         Path(folder, "text.txt").write_text("the cat sat on the mat, and the dog on the log\n\n" * 400)
         hnet = [sys.executable, "-m", "hnet"]
         options = "--data text.txt --preset tiny --steps 2 --batch-bytes 512 --seq-len 128 --eval-bytes 1024 --out run"
-        for command in (["--version"], ["train", *options.split()], ["generate", "run", "--prompt", "the "]):
+        page = ["segment", "run", "text.txt", "--bytes", "200", "--out", "chunks.html"]  # of files that are no Python
+        for command in (["--version"], ["train", *options.split()], ["generate", "run", "--prompt", "the "], page):
             env = {**os.environ, "PYTHONSAFEPATH": "1"}
             subprocess.run([*hnet, *command], cwd=folder, env=env, check=True)
 print(f"hnet-kernels {hk.__version__} works from {Path(hk.__file__).parent}")
