@@ -113,7 +113,7 @@ def _parallel(figure: Figure, axes: list[Axis], ranked: list[Point], objective: 
                 x + 0.03, y, text, fontsize=8, va="center", zorder=9, clip_on=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
             )  # fmt: skip
-    ax.set_xticks(range(len(columns)), [a.name.replace("_", "\n") for a in columns])
+    ax.set_xticks(range(len(columns)), [a.name.replace("_", "\n") if len(a.name) > 10 else a.name for a in columns])
     ax.tick_params(axis="x", length=0)
     ax.set_yticks([])
     ax.set_xlim(-0.05, len(columns) - 0.6)

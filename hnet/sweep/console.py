@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 from optuna.trial import TrialState
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from .report import bytes_per_chunk
-from .search import Active, Search
+from .search import Active, Search, describe
 from .study import METRICS, REASON, by_objective, real_trials
 
 REFRESH = 1.0  # seconds
@@ -49,16 +50,25 @@ def table(search: Search, rows: int) -> Table:
     sweep, trials = search.sweep, real_trials(search.study)
     over = [t for t in trials if t.state.is_finished()]
     others = [t for t in reversed(over) if t.state != TrialState.COMPLETE]
-    found = Table(title=f"{len(over)} of {sweep.wanted} trials over, objective {sweep.objective}", title_style="bold")
-    for name in ("trial", "", *(p.name for p in sweep.parameters)):
-        found.add_column(name, overflow="fold")
-    for name in ("step", "objective", "val_bpb", "bytes/chunk", "minutes"):
-        found.add_column(name, justify="right", no_wrap=True)
+    title = f"{len(over)} of {sweep.wanted} trials over, objective {sweep.objective}"
+    found = Table(title=title, title_style="bold", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    base = sweep.base_point() if sweep.sampler == "one_at_a_time" else None
+    names = [p.name for p in sweep.parameters] if base is None else ["changed"]
+    look: dict[str, Any] = {"no_wrap": True, "vertical": "bottom"}
+    found.add_column("trial", min_width=5, **look)
+    found.add_column("state", min_width=8, **look)
+    for name in names:
+        found.add_column(name.replace("_", "\n"), **look)
+    for name, width in (("step", 5), ("objective", 9), ("val\nbpb", 6), ("bytes/\nchunk", 6), ("minutes", 7)):
+        found.add_column(name, justify="right", min_width=width, **look)
     lines = [_running(a) for a in search.active]
     lines += [_over(t, "best" if i == 0 else "complete") for i, t in enumerate(by_objective(sweep, over))]
     lines += [_over(t, "pruned" if t.state == TrialState.PRUNED else "failed") for t in others]
     for number, state, point, last in lines[: max(rows, 3)]:
-        values = [_short(point.get(p.name)) for p in sweep.parameters]
+        if base is None:
+            values = [_short(point.get(name)) for name in names]
+        else:
+            values = [describe({k: v for k, v in point.items() if v != base[k]}) or "nothing: the base"]
         found.add_row(str(number), state, *values, *last, style=STYLES.get(state, ""))
     return found
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,11 +14,13 @@ pytest.importorskip("optuna")  # a borrowed GPU machine may lack it
 
 import optuna
 from optuna.storages import RDBStorage
+from rich.console import Console
 
 from hnet.cli import main
 from hnet.config.keys import read_toml
 from hnet.errors import PathTaken
 from hnet.sweep import worker
+from hnet.sweep.console import table
 from hnet.sweep.keys import PRUNERS
 from hnet.sweep.process import Tail, locked
 from hnet.sweep.report import write_report
@@ -33,6 +38,13 @@ class Killed(BaseException):
 @pytest.fixture
 def no_plots(monkeypatch):
     monkeypatch.setattr("hnet.sweep.report.plot_sweep", lambda *args, **options: [])
+
+
+def rows(shown):
+    """The first cells of what a terminal of 80 columns shows."""
+    file = StringIO()
+    Console(file=file, width=80).print(shown)
+    return [line.split()[:5] for line in file.getvalue().splitlines() if re.match(r"\s*\d", line)][1:]
 
 
 def states(study):
@@ -206,6 +218,16 @@ def test_pruned_by_the_median(make):
     assert states(study) == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED"]
     assert [t.value for t in study.trials] == [2.5, 1.5, 0.5, 4.0]
     assert study.trials[3].user_attrs[METRICS]["step"] == 4
+    assert rows(table(SimpleNamespace(sweep=sweep, study=study, active=[]), 3)) == [
+        ["2", "best", "1", "8", "0.5000"], ["1", "complete", "2", "8", "1.5000"], ["0", "complete", "3", "8", "2.5000"],
+    ]  # fmt: skip
+    assert rows(table(SimpleNamespace(sweep=sweep, study=study, active=[]), 9))[3] == [
+        "3",
+        "pruned",
+        "4",
+        "4",
+        "4.0000",
+    ]
     write_report(sweep, study)
     assert "## Pruned" in (sweep.folder / "report.md").read_text()
 
