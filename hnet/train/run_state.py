@@ -156,8 +156,8 @@ class RunState:
 
     def roll_back(self, until: int) -> Path | None:
         """Weights and optimiser of the last checkpoint up to step `until` that all processes see, which is returned;
-        None if there is no such checkpoint. Steps and data go on, and so do the task's curriculum, targets and controllers: the cutoff never
-        falls.
+        None if there is no such checkpoint. Steps and data go on, and so do the task's curriculum, targets and
+        controllers: the cutoff never falls.
 
         Raises:
             RunFailed: there are checkpoints, but none that all processes see.
