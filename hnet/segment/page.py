@@ -67,7 +67,9 @@ def write_page(
     """
     about = {"stages": stages, "shown": list(range(stages)) if shown is None else list(shown), "model": model}
     here = files(__package__)
-    out.write(HEAD.format(title=html.escape(title), css=here.joinpath("page.css").read_text(), about=_json(about)))
+    out.write(
+        HEAD.format(title=html.escape(title), css=here.joinpath("page.css").read_text("utf-8"), about=_json(about))
+    )
     record: list[Segmentation] = []
     for piece in found:
         record.append(piece)
@@ -76,7 +78,7 @@ def write_page(
             record = []
     if record:
         out.write(_script(record))
-    out.write(f"<script>\n{here.joinpath('page.js').read_text()}</script>\n</body>\n</html>\n")
+    out.write(f"<script>\n{here.joinpath('page.js').read_text('utf-8')}</script>\n</body>\n</html>\n")
 
 
 def _script(record: list[Segmentation]) -> str:

@@ -70,7 +70,7 @@ def timeline(run: str | Path) -> str:
     here = files(__package__)
     return HEAD.format(
         title=html.escape(str(run)), last=len(evaluations) - 1, data=data,
-        css=here.joinpath("page.css").read_text(), js=here.joinpath("timeline.js").read_text(),
+        css=here.joinpath("page.css").read_text("utf-8"), js=here.joinpath("timeline.js").read_text("utf-8"),
     )  # fmt: skip
 
 

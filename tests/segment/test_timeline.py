@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +53,15 @@ def test_lines_hold_the_boundaries_of_the_evaluation(two_stages):
 
 
 def test_a_run_that_goes_on_keeps_the_same(tmp_path):
-    config = tiny(tmp_path / "run")
+    config = replace(tiny(tmp_path / "run"), steps=4, eval_every=2, checkpoint_every=2)
     Trainer(config).train()
     file = Path(config.out) / "held_out.jsonl"
     before = file.read_bytes()
     kept = read_metrics(file)
-    assert [row["step"] for row in kept] == [0, 4, 8]
+    assert [row["step"] for row in kept] == [0, 2, 4]
     texts = [[line["text"] for line in row["lines"]] for row in kept]
     assert texts[0] == texts[1] == texts[2] != []
-    Trainer(config, resume=Path(config.out) / "checkpoints" / "step_00000004").train()
+    Trainer(config, resume=Path(config.out) / "checkpoints" / "step_00000002").train()
     assert file.read_bytes() == before
     (aside,) = Path(config.out).glob("abandoned/*/held_out.jsonl")
     assert read_metrics(aside) == kept[2:]
