@@ -1,244 +1,90 @@
-"""Chunking and shape: collapse, missed targets, F against G, budgets, widths."""
+"""The model a config describes: its size and widths."""
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
+import json
+import re
+from functools import lru_cache
 
 from hnet.config import HNetConfig
+from hnet.config.architecture import from_shorthand
 from hnet.errors import UserError
+from hnet.model.parameters import count_parameters
 
+from . import foreign
 from .findings import Finding
 from .runs import Log
-from .series import slope, tail
-
-OPEN = 0.95  # F above: one byte a chunk
-MISSED = 0.25
-BLIND = 0.1  # a ratio loss this near 1 looks as if the target were reached
-
-
-def _rate(log: Log, stage: int) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, F): logged, else from bytes per chunk of this stage and the one outside it."""
-    at, f = log.series(f"stage{stage}/F")
-    if len(f):
-        return at, f
-    at, inner = log.series(f"stage{stage}/bytes_per_chunk")
-    if not len(at) or stage == 0:
-        return at, 1 / np.maximum(inner, 1e-9)
-    outer_at, outer = log.series(f"stage{stage - 1}/bytes_per_chunk")
-    if not len(outer_at):
-        return np.zeros(0), np.zeros(0)
-    return at, np.interp(at, outer_at, outer) / np.maximum(inner, 1e-9)
-
-
-def _target(log: Log, stage: int) -> float:
-    """Positions per chunk asked of a stage at the end of the log; NaN when unknown."""
-    _, t = log.series(f"stage{stage}/target")
-    if len(t):
-        return float(t[-1])
-    wanted = log.setting("compression")
-    return (
-        float(wanted[stage]) if isinstance(wanted, list) and stage < len(wanted) and log.kind == "run" else float("nan")
-    )
-
-
-def _stages(log: Log) -> list[int]:
-    return sorted({*log.stages("F"), *log.stages("bytes_per_chunk")})
-
-
-def collapse(log: Log) -> list[Finding]:
-    out = []
-    outer = 1.0  # bytes of a position of this stage
-    for i in _stages(log):
-        at, f = _rate(log, i)
-        if len(f) < 10:
-            continue
-        end, target = float(np.median(tail(f))), _target(log, i)
-        span = (int(at[0]), int(at[-1]))
-        first = f"F is {end:.4f} over the last tenth (steps to {at[-1]:.0f})"
-        wanted = f"; the target is {target:g} positions a chunk." if np.isfinite(target) else "."
-        if end > OPEN:
-            since = at[np.argmax(f > OPEN)]
-            out.append(
-                Finding(
-                    "error",
-                    "collapse_open",
-                    f"Stage {i} collapsed to one chunk per position",
-                    [
-                        first + wanted,
-                        f"F is above {OPEN} since step {since:.0f}: the inner stages see every byte.",
-                    ],
-                    [
-                        _more_alpha(log, 4),
-                        "--rate-control bias holds F by a logit bias",
-                        f"a smaller lr_multipliers for stage {i} and a longer warm-up of the rate",
-                    ],
-                    span,
-                    i,
-                )
-            )
-        floor = outer / log.number("seq_len", default=np.inf)  # every sequence has its first chunk
-        closed = max(2 * floor, 0.1 / target if np.isfinite(target) else 0.01)
-        if end < closed:
-            since = at[np.argmax(f < closed)]
-            document = f", {end / floor:.1f} chunks a sequence of {log.number('seq_len'):g} bytes" if floor else ""
-            out.append(
-                Finding(
-                    "error",
-                    "collapse_closed",
-                    f"Stage {i} collapsed to one chunk per document",
-                    [
-                        first + document + wanted,
-                        f"below {closed:.4f} since step {since:.0f}: the inner stages see next to nothing.",
-                    ],
-                    [
-                        _more_alpha(log, 4),
-                        "--rate-control bias holds F by a logit bias",
-                        "lower learning_rate of the outer stage",
-                    ],
-                    span,
-                    i,
-                )
-            )
-        outer /= max(end, 1e-9)
-    found = {f.name for f in out}
-    for name, what in (("collapse_open", "one chunk per position"), ("collapse_closed", "one chunk per document")):
-        events = log.events_named(name)
-        if events and name not in found:
-            out.append(
-                Finding(
-                    "warning",
-                    name,
-                    f"The guards saw a collapse to {what}",
-                    [f"step {e.step}: {e.message}" for e in events[:5]],
-                    [_more_alpha(log, 2), "--rate-control bias"],
-                    (events[0].step, events[-1].step),
-                )
-            )
-    return out
-
-
-def _more_alpha(log: Log, factor: float) -> str:
-    alpha = log.number("ratio_weight", "ratio_loss_weight", "alpha")
-    return f"--ratio-weight {min(alpha * factor, 5):.3g} (now {alpha:g})" if alpha > 0 else "a higher ratio_weight"
-
-
-def target_missed(log: Log) -> list[Finding]:
-    out = []
-    begin = max(log.number("warmup_steps", default=0), 0.05 * log.total_steps)
-    for i in _stages(log):
-        at, f = _rate(log, i)
-        target = _target(log, i)
-        if len(f) < 20 or not np.isfinite(target) or at[-1] < begin:
-            continue
-        end = float(np.median(tail(f)))
-        off = 1 / (end * target) - 1
-        if abs(off) <= MISSED or end > OPEN or end < 0.1 / target:  # beyond: a collapse, told by its own rule
-            continue
-        per_chunk = 1 / end
-        evidence = [f"{per_chunk:.2f} positions a chunk over the last tenth, target {target:g} ({off:+.0%})."]
-        _, loss = log.series(f"stage{i}/ratio_loss")
-        if not len(loss) and len(_stages(log)) == 1:
-            _, loss = log.series("ratio_loss")
-        g = log.series(f"stage{i}/G")[1]
-        blind = len(loss) > 0 and abs(float(np.median(tail(loss))) - 1) < BLIND
-        if blind:
-            mean = f" Here G is {np.median(tail(g)):.3f} against 1/N = {1 / target:.3f}." if len(g) else ""
-            evidence.append(
-                f"The ratio loss is {np.median(tail(loss)):.3f}, near 1, and looks fine: "
-                f"L - 1 = N^2/(N-1) (F - 1/N)(G - 1/N) vanishes whenever G = 1/N, and F has no gradient.{mean}"
-            )
-        change = []
-        alpha = log.number("ratio_weight", "ratio_loss_weight", "alpha")
-        if alpha > 0:  # the equilibrium alpha (F - 1/N) = const of a weak alpha, solved for an error of 5 %
-            wanted = min(max(alpha * abs(end * target - 1) / 0.05, 2 * alpha), 5.0)
-            if wanted > 1.2 * alpha:
-                change.append(f"--ratio-weight {wanted:.2g} (now {alpha:g}): the error shrinks about as 1/ratio_weight")
-        else:
-            change.append("a higher ratio_weight (about 1 at 10M parameters, 0.2 at 1B)")
-        if str(log.setting("rate_control", default="none")) in ("none", "", "False"):
-            change.append("--rate-control bias meets the target exactly, whatever ratio_weight is")
-        title = f"Stage {i} misses its compression target" + (" though its ratio loss is near 1" if blind else "")
-        out.append(Finding("error", "target_missed", title, evidence, change, (int(begin), int(at[-1])), i))
-    events = log.events_named("target_missed")
-    if events and not out:
-        why = [f"step {e.step}: {e.message}" for e in events[:5]]
-        out = [
-            Finding(
-                "note",
-                "target_missed",
-                "The compression target was missed for a while",
-                why,
-                ["--rate-control bias"],
-                (events[0].step, events[-1].step),
-            )
-        ]
-    return out
-
-
-def drift(log: Log) -> list[Finding]:
-    """F (what happens) and G (what the gradient sees) moving apart: G alone is being pushed. G above F is usual; a
-    growing gap is not."""
-    out = []
-    for i in log.stages("G"):
-        at, f = log.series(f"stage{i}/F")
-        _, g = log.series(f"stage{i}/G")
-        if len(f) != len(g) or len(f) < 40:
-            continue
-        gap = np.abs(g - f)
-        early, late = float(np.median(gap[len(gap) // 10 : len(gap) // 3])), float(np.median(tail(gap)))
-        if late < 0.15 or late - early < 0.1:
-            continue
-        per = slope(gap[len(gap) // 10 :])[0]
-        evidence = [
-            f"|F - G| was {early:.3f} until step {at[len(gap) // 3]:.0f} and is {late:.3f} at the end "
-            f"({per * len(gap):+.3f} over the run); F {np.median(tail(f)):.3f}, G {np.median(tail(g)):.3f}."
-        ]
-        change = ["--rate-control bias: the bias moves F itself", "a higher ratio_weight only moves G further"]
-        span = (int(at[len(gap) // 3]), int(at[-1]))
-        out.append(Finding("warning", "drift", f"F and G of stage {i} drift apart", evidence, change, span, i))
-    return out
-
-
-def budget(log: Log) -> list[Finding]:
-    events = log.events_named("budget_overflow")
-    if not events:
-        return []
-    evidence = [f"{len(events)} times, first at step {events[0].step}: {events[0].message}".rstrip(": ")]
-    change = ["raise max_chunks, or the compression target; at the start about half of all positions are boundaries"]
-    return [
-        Finding(
-            "warning",
-            "budget_overflow",
-            "More chunks than the budget: boundaries were dropped",
-            evidence,
-            change,
-            (events[0].step, events[-1].step),
-        )
-    ]
 
 
 def model_of(log: Log) -> HNetConfig | None:
-    """The architecture a config names by preset or file; None for shorthands, ChunkLMs and what cannot be read."""
+    """The architecture a config names: preset, file, shorthand or layout; None for ChunkLMs and what cannot be read."""
     if not log.config or log.config.keys() & {"cutoffs", "kernel_len"}:
         return None
+    names = HNetConfig.presets()
     try:
         if path := log.setting("model_config"):
             return HNetConfig.from_json(str(path))
-        if log.setting("arch") or log.setting("d_model"):
-            return None
-        return HNetConfig.preset(str(log.setting("preset")))
-    except UserError:
+        if log.setting("arch_layout"):
+            return HNetConfig.from_dict(log.config)
+        if arch := log.setting("arch"):
+            return from_shorthand(str(arch), widths_of(log), heads=log.setting("heads") or [])
+        given = [log.setting(k) for k in ("preset", "model", "model_name", "name")]
+        return next((HNetConfig.preset(g) for g in given if isinstance(g, str) and g in names), None)
+    except (UserError, ValueError, TypeError, KeyError, AttributeError):  # another trainer's keys may be anything
         return None
 
 
-def widths(log: Log) -> list[Finding]:
+def parameters_of(log: Log) -> float:
+    """As the log or config says, else counted; NaN where unknown."""
+    if (said := log.number("parameters")) > 0:
+        return said
+    if (model := model_of(log)) is not None:
+        return _count(json.dumps(dataclasses.asdict(model), sort_keys=True, default=str))
+    for key in ("model", "model_name", "name", "preset", "run_name"):
+        if m := re.search(r"(?<![\d.])(\d+(?:\.\d+)?[bBmM])(?![a-zA-Z])", str(log.setting(key, default=""))):
+            return foreign.count(m[1]) or float("nan")
+    return float("nan")
+
+
+@lru_cache(maxsize=8)
+def _count(text: str) -> float:
+    return float(count_parameters(HNetConfig.from_dict(json.loads(text))))
+
+
+def num_stages(log: Log) -> int:
+    """Stages, the innermost included; 1 where only one is known of."""
+    seen = [len(log.stages("lr")), len(log.stages("grad_norm")), len(log.stages("F")) + 1 if log.stages("F") else 0]
+    model = model_of(log)
+    return max(1, *seen, model.num_stages if model else 0, len(multipliers_of(log)))
+
+
+def multipliers_of(log: Log) -> list[float]:
+    """Factor on the learning rate of every stage, outermost first: configured, else of the logged rates over the
+    innermost one's; [] where unknown."""
+    given = log.setting("lr_multipliers")
+    if isinstance(given, list) and given and all(isinstance(m, (int, float)) and m > 0 for m in given):
+        return [float(m) for m in given]
+    tops = [float(log.series(f"stage{i}/lr")[1].max()) for i in log.stages("lr")]
+    base = log.number("learning_rate")
+    if len(tops) < 2 or min(tops) <= 0:
+        return []
+    return [round(t / (base if base > 0 else tops[-1]), 3) for t in tops]
+
+
+def widths_of(log: Log) -> list[int]:
     given = log.setting("d_model")
     if isinstance(given, str):
         given = [int(v) for v in given.replace(",", " ").split() if v.isdigit()]
+    return given if isinstance(given, list) and all(type(v) is int for v in given) else []
+
+
+def widths(log: Log) -> list[Finding]:
+    given = widths_of(log)
     if not given:
         model = model_of(log)
         given = model.d_model if model else []
-    if not isinstance(given, list) or len(given) < 2 or all(b > a for a, b in zip(given, given[1:], strict=False)):
+    if len(given) < 2 or all(b > a for a, b in zip(given, given[1:], strict=False)):
         return []
     text = " ".join(map(str, given))
     step = round(1.5 * given[0] / 64) * 64
@@ -247,8 +93,9 @@ def widths(log: Log) -> list[Finding]:
         f"d_model is {text}, outermost first. An inner position stands for several bytes and most of the "
         "compute belongs there; at equal widths the inner stage has no more room than a byte."
     ]
-    change = [f"--d-model {' '.join(map(str, better))}, or doubling inwards like 256 512"]
-    return [Finding("warning", "widths", "Widths do not grow inwards", why, change)]
+    change = ["or doubling inwards like 256 512"]
+    title = "Widths do not grow inwards"
+    return [Finding("warning", "widths", title, why, change, keys={"d_model": better})]
 
 
-RULES = (collapse, target_missed, drift, budget, widths)
+RULES = (widths,)

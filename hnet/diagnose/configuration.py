@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hnet.model.parameters import count_parameters
 from hnet.train.compression import auto_ratio_weight
 
-from .architecture import model_of
+from .architecture import parameters_of
 from .findings import Finding
 from .runs import Log
 from .series import percent
@@ -18,24 +17,25 @@ def schedule(log: Log) -> list[Finding]:
     out = []
     steps, warm, decay = log.number("steps"), log.number("warmup_steps"), log.number("decay_fraction", default=0)
     kind = log.setting("schedule", default="")
-    if warm >= steps:
+    if warm >= steps > 0:
         out.append(
             Finding(
-                "error",
+                "critical",
                 "warmup_all",
                 "The warm-up is as long as the run",
                 [f"warmup_steps is {warm:g}, steps is {steps:g}: the peak learning rate is never reached."],
-                [f"--warmup-steps {max(round(0.05 * steps), 1)}"],
+                keys={"warmup_steps": max(round(0.05 * steps), 1)},
             )
         )
-    elif kind == "wsd" and warm + decay * steps > steps:
+    elif kind == "wsd" and warm + decay * steps > steps > 0:
         out.append(
             Finding(
                 "warning",
                 "warmup_decay",
                 "Warm-up and decay overlap",
                 [f"warmup_steps {warm:g} + decay_fraction {decay:g} x steps {steps:g} is more than steps."],
-                ["a smaller decay_fraction or warmup_steps"],
+                ["or a smaller warmup_steps"],
+                keys={"decay_fraction": float(f"{max(1 - warm / steps, 0):.2g}")},
             )
         )
     if len(log.step):  # the log itself shows where the rate ended
@@ -47,7 +47,8 @@ def schedule(log: Log) -> list[Finding]:
                 "lr_end",
                 "The learning rate never decays",
                 ["schedule is constant."],
-                ["--schedule wsd: decays over the last part"],
+                ["wsd decays over the last part"],
+                keys={"schedule": "wsd"},
             )
         )
     elif log.number("min_lr", default=0) > 0.3:
@@ -57,7 +58,8 @@ def schedule(log: Log) -> list[Finding]:
                 "lr_end",
                 "The learning rate ends high",
                 [f"min_lr is {percent(log.number('min_lr'))} of the peak."],
-                ["--min-lr 0 to 0.1"],
+                ["or up to 0.1"],
+                keys={"min_lr": 0.0},
             )
         )
     return out
@@ -77,36 +79,9 @@ def learning_rate(log: Log) -> list[Finding]:
                 "lr_high",
                 "High learning rate",
                 [f"{peak}, for {log.setting('optimizer', default='adamw')}."],
-                ["lower learning_rate"],
+                keys={"learning_rate": float(f"{high / top / 2:.2g}")},
             )
         )
-    if numbers and len(multipliers) > 1:
-        if any(b > a for a, b in zip(multipliers, multipliers[1:], strict=False)):
-            out.append(
-                Finding(
-                    "warning",
-                    "lr_multipliers",
-                    "Learning-rate multipliers grow inwards",
-                    [
-                        f"lr_multipliers is {multipliers}, outermost first; inner stages see fewer, longer units "
-                        "and are wider, and take a lower rate."
-                    ],
-                    [f"--lr-multipliers {','.join(f'{m:g}' for m in sorted(multipliers, reverse=True))}"],
-                )
-            )
-        elif top > 4 * min(multipliers):
-            out.append(
-                Finding(
-                    "note",
-                    "lr_multipliers",
-                    "Far apart learning-rate multipliers",
-                    [
-                        f"lr_multipliers is {multipliers}; the paper's rule, sqrt(bytes per unit x width ratio), "
-                        "gives 2 to 3 outside."
-                    ],
-                    ["watch stage0/grad_norm"],
-                )
-            )
     limit, kind = log.setting("max_grad_norm"), str(log.setting("clip", "clipping", default="norm"))
     if kind in ("off", "none") or (limit == 0 and kind != "adaptive"):
         out.append(
@@ -115,7 +90,7 @@ def learning_rate(log: Log) -> list[Finding]:
                 "no_clipping",
                 "Gradients are not clipped",
                 [f"max_grad_norm is {limit}, clipping {kind}."],
-                ["--clipping norm --max-grad-norm 1.0"],
+                keys={"clipping": "norm", "max_grad_norm": 1.0},
             )
         )
     return out
@@ -125,11 +100,10 @@ def compression(log: Log) -> list[Finding]:
     """Too weak a ratio loss for the size of the model; targets out of the usual range."""
     alpha, targets = log.number("ratio_weight"), log.setting("compression")
     controlled = str(log.setting("rate_control", default="none")) not in ("none", "", "False")
-    model = model_of(log)
+    size = parameters_of(log)
     out = []
-    if np.isfinite(alpha) and model is not None and not controlled:
-        size = count_parameters(model)
-        needed = auto_ratio_weight(size)
+    if np.isfinite(alpha) and size > 0 and not controlled:
+        needed = auto_ratio_weight(round(size))
         if alpha < needed / 4:
             why = [
                 f"ratio_weight is {alpha:g} for {size / 1e6:.3g}M parameters; reaching a target within 5 % takes "
@@ -141,7 +115,8 @@ def compression(log: Log) -> list[Finding]:
                     "ratio_weight",
                     "Weak ratio loss",
                     why,
-                    [f"--ratio-weight {needed:.2g}", "or --rate-control bias"],
+                    ["or rate_control bias"],
+                    keys={"ratio_weight": float(f"{needed:.2g}")},
                 )
             )
     numbers = isinstance(targets, list) and all(isinstance(t, (int, float)) for t in targets)
@@ -168,14 +143,14 @@ def evaluation(log: Log) -> list[Finding]:
                 "patience",
                 "Short patience",
                 [f"patience is {patience:g} evaluations; their noise alone stops a run after so few."],
-                ["--patience 10"],
+                keys={"patience": 10},
             )
         )
     metric = str(log.setting("early_stop_metric", "early_stopping_metric", "monitor", default=""))
     if metric in ("loss", "val_loss", "total_loss"):
         out.append(
             Finding(
-                "error",
+                "critical",
                 "early_stop_metric",
                 "Early stopping on cross entropy + ratio loss",
                 [f"the metric is {metric!r}; the ratio loss in it says nothing about the model's text."],
@@ -190,7 +165,8 @@ def evaluation(log: Log) -> list[Finding]:
                 "eval_bytes",
                 "Small evaluations",
                 [f"eval_bytes is {held_out:g}: evaluations will be noisy."],
-                ["--eval-bytes 65536 or more"],
+                ["or more"],
+                keys={"eval_bytes": 65536},
             )
         )
     steps, every = log.number("steps"), log.number("eval_every")
@@ -201,10 +177,60 @@ def evaluation(log: Log) -> list[Finding]:
                 "eval_every",
                 "Few evaluations",
                 [f"eval_every is {every:g} of {steps:g} steps: over-fitting would go unseen."],
-                [f"--eval-every {max(round(steps / 20), 1)}"],
+                keys={"eval_every": max(round(steps / 20), 1)},
             )
         )
     return out
 
 
-RULES = (schedule, learning_rate, compression, evaluation)
+def zero_grad(log: Log) -> list[Finding]:
+    """Another trainer's key for when gradients are zeroed."""
+    every, micro = log.number("zero_grad_every"), log.number("accumulation", default=1)
+    if not every > micro:
+        return []
+    why = [
+        f"zero_grad_every is {every:g} micro-steps, an update is made every {micro:g}: gradients of old steps stay in."
+    ]
+    change = ["zero the gradients after every update; in hnet train there is nothing to set"]
+    return [Finding("critical", "zero_grad", "Gradients are zeroed at other steps than the updates", why, change)]
+
+
+def leak(log: Log) -> list[Finding]:
+    """Packing by a config that does not say how documents are kept apart. Our trainer always passes cu_seqlens."""
+    packing, apart = log.setting("packing"), log.setting("cu_seqlens")
+    if not packing or str(packing).lower() in ("false", "none", "no", "off") or (apart and apart != "none"):
+        return []
+    said = "says that they are not kept apart" if apart is not None else "does not name cu_seqlens or a document mask"
+    why = [
+        f"packing is {packing} and the config {said}: attention, convolutions, states, the EMA and routing then run "
+        "from one document into the next.",
+        "A log of losses cannot show it; the model and its loader can.",
+    ]
+    change = [
+        "pass cu_seqlens of every pack to the model (hnet train does), and test it: perturb one document, the logits "
+        "of the others must not move"
+    ]
+    sure = "high" if apart is not None else "low"
+    title = "Packed documents see each other" if apart is not None else "Packed documents may see each other"
+    severity = "critical" if apart is not None else "warning"
+    return [Finding(severity, "leak", title, why, change, confidence=sure)]
+
+
+def sampling(log: Log) -> list[Finding]:
+    """Where the config says how text is sampled."""
+    t, p, penalty = (log.number(k) for k in ("temperature", "top_p", "repetition_penalty"))
+    if not (t >= 1 or p >= 1) or t < 0.95 or p < 0.95:
+        return []
+    given = {"temperature": t, "top_p": p, "repetition_penalty": penalty}
+    why = [
+        ", ".join(f"{k} {v:g}" for k, v in given.items() if np.isfinite(v))
+        + ("" if penalty > 1 else ", no repetition penalty")
+        + ": every unlikely byte is drawn as often as the model thinks, and one derails what follows."
+    ]
+    new: dict[str, object] = {"temperature": 0.8, "top_p": 0.9, "max_new_bytes": 2048}
+    new |= {} if penalty > 1 else {"repetition_penalty": 1.1}
+    change = ["then measure samples instead of reading a few"]
+    return [Finding("warning", "sampling", "Text is sampled too hot", why, change, sampling=new)]
+
+
+RULES = (schedule, learning_rate, compression, evaluation, zero_grad, leak, sampling)

@@ -8,9 +8,8 @@ import numpy as np
 
 from hnet.data.files import find_files
 from hnet.errors import UserError
-from hnet.model.parameters import count_parameters
 
-from .architecture import model_of
+from .architecture import parameters_of
 from .findings import Finding
 from .runs import Log
 from .series import noise, percent, tail
@@ -22,7 +21,7 @@ WAIT = 0.1
 SHIFT = 0.15
 
 
-def _files(log: Log, key: str) -> list[Path]:
+def files_of(log: Log, key: str) -> list[Path]:
     """Files a config names under `key`, [] where they cannot be found from here."""
     given = log.setting(key, default=[])
     given = [given] if isinstance(given, str) else given
@@ -36,9 +35,14 @@ def _files(log: Log, key: str) -> list[Path]:
         return []
 
 
+def data_files(log: Log) -> list[Path]:
+    """Files of the training data that can be found from here."""
+    return files_of(log, "data")
+
+
 def _data_bytes(log: Log) -> float:
     """Bytes of the training files as they lie on the disk; 0 where unknown, or packed so that this says little."""
-    files = _files(log, "data")
+    files = files_of(log, "data")
     if any(p.suffix in (".gz", ".zst", ".parquet", ".jsonl") for p in files):
         return 0.0
     return float(sum(p.stat().st_size for p in files))
@@ -68,8 +72,9 @@ def passes(log: Log) -> list[Finding]:
                 "many_passes",
                 f"{count:.0f} passes over the data",
                 [f"{what}.{held_out}"],
-                ["more data, fewer steps, or stop early (--patience)", "weight_decay 0.1, dropout"],
+                ["more data, or fewer steps", "weight_decay 0.1, dropout"],
                 (0, log.last_step) if len(log.step) else None,
+                keys={"patience": 10},
             )
         ]
     return _few_bytes(log, total) or (_part(count, what) if size > 0 else [])
@@ -90,11 +95,8 @@ def _part(count: float, what: str) -> list[Finding]:
 
 
 def _few_bytes(log: Log, total: float) -> list[Finding]:
-    model = model_of(log)
-    if model is None or not total > 0 or "steps" not in log.config:
-        return []
-    size = count_parameters(model)
-    if total >= 2 * size:
+    size = parameters_of(log)
+    if not total > 0 or "steps" not in log.config or not total < 2 * size:
         return []
     return [
         Finding(
@@ -119,10 +121,11 @@ def batch(log: Log) -> list[Finding]:
             why = [f"the training loss scatters by {percent(scatter)} from step to step over the second half."]
             if np.isfinite(sequences):
                 why.append(f"batch_bytes {size:g} is {sequences:.3g} sequences of {length:g}.")
-            new = f"--batch-bytes {size * factor:.0f}" if np.isfinite(size) else f"a batch {factor} times as large"
-            change = [f"{new} (scatter falls with its root), or accumulate gradients"]
+            keys = {"batch_bytes": round(size * factor)} if np.isfinite(size) else {}
+            change = [f"a batch {factor} times as large (scatter falls with its root), or accumulate gradients"]
             span = (int(at[len(v) // 2]), int(at[-1]))
-            return [Finding("warning", "small_batch", "The batch is too small for its noise", why, change, span)]
+            title = "The batch is too small for its noise"
+            return [Finding("warning", "small_batch", title, why, change, span, keys=keys)]
         return []
     if sequences < 8:
         return [
@@ -131,7 +134,8 @@ def batch(log: Log) -> list[Finding]:
                 "small_batch",
                 "Few sequences in a batch",
                 [f"batch_bytes {size:g} is {sequences:.3g} sequences of seq_len {length:g}."],
-                [f"--batch-bytes {8 * length:.0f} or more"],
+                ["or more"],
+                keys={"batch_bytes": round(8 * length)},
             )
         ]
     return []
@@ -140,13 +144,13 @@ def batch(log: Log) -> list[Finding]:
 def split(log: Log) -> list[Finding]:
     """Held-out data that is trained on, the tail of the corpus, or of another kind than the training data."""
     out = []
-    train, held_out = _files(log, "data"), _files(log, "val_data")
+    train, held_out = files_of(log, "data"), files_of(log, "val_data")
     shared = {p.resolve() for p in train} & {p.resolve() for p in held_out}
     if shared:
         names = ", ".join(sorted(str(p) for p in shared)[:3])
         out.append(
             Finding(
-                "error",
+                "critical",
                 "split_overlap",
                 "Held-out files are trained on",
                 [f"{len(shared)} files are in data and in val_data: {names}."],
@@ -158,7 +162,7 @@ def split(log: Log) -> list[Finding]:
             if a.resolve() != b.resolve() and _is_tail(a, b):
                 out.append(
                     Finding(
-                        "error",
+                        "critical",
                         "split_overlap",
                         "The held-out file is the tail of a training file",
                         [f"{a} ends with the {b.stat().st_size} bytes of {b}."],

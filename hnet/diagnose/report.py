@@ -1,91 +1,115 @@
-"""All rules over a log, and the report for people, programs and files."""
+"""All rules over a log, and the report for a terminal and for programs."""
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from hnet.errors import user_path
-from hnet.plots.run import plot_rows
-
-from . import architecture, configuration, data, router, schedule, training
-from .findings import Finding, by_severity
+from .analyses import OF_A_LOG
+from .findings import SEVERITIES, Finding, by_severity
 from .runs import Log
+from .summary import summary, unexamined
 
-RULES = (
-    *training.RULES,
-    *architecture.RULES,
-    *router.RULES,
-    *schedule.RULES,
-    *data.RULES,
-)
-CONFIG_RULES = configuration.RULES
-COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+COLORS = {"critical": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+SCHEMA = 1  # of the JSON, docs/diagnose.md
+
+
+@dataclass
+class Report:
+    """What is known of one run. findings: worst first; summary and unexamined: see `hnet.diagnose.summary`."""
+
+    log: Log
+    findings: list[Finding]
+    summary: dict[str, Any]
+    unexamined: list[dict[str, str]]
+
+    @property
+    def worst(self) -> str:
+        return self.findings[0].severity if self.findings else "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints of it; docs/diagnose.md describes the keys."""
+        return {
+            "schema": SCHEMA,
+            "path": str(self.log.path),
+            "kind": self.log.kind,
+            "columns": sorted(self.log.columns),
+            "counts": {s: sum(f.severity == s for f in self.findings) for s in SEVERITIES},
+            "summary": self.summary,
+            "findings": [f.to_dict() for f in self.findings],
+            "unexamined": self.unexamined,
+        }
 
 
 def diagnose(log: Log) -> list[Finding]:
-    """Every finding, errors first. Configuration rules run only where there is a config."""
-    rules = (*RULES, *CONFIG_RULES) if log.config else RULES
-    return by_severity([f for rule in rules for f in rule(log)])
+    """Every finding on a log, the worst first."""
+    return by_severity([f for analysis in OF_A_LOG for f in analysis(log)])
 
 
-def to_dict(log: Log, findings: list[Finding]) -> dict[str, Any]:
-    """What --json prints for one log."""
-    return {
-        "path": str(log.path),
-        "kind": log.kind,
-        "rows": len(log.step),
-        "last_step": log.last_step,
-        "columns": sorted(log.columns),
-        "errors": sum(f.severity == "error" for f in findings),
-        "findings": [dataclasses.asdict(f) for f in findings],
-    }
+def examine(log: Log, more: list[Finding] | None = None) -> Report:
+    """`diagnose` with all around it. more: findings of a checkpoint."""
+    return Report(log, by_severity(diagnose(log) + (more or [])), summary(log), unexamined(log))
 
 
-def headline(log: Log, findings: list[Finding]) -> str:
-    if log.kind == "config":
+def headline(report: Report) -> str:
+    log = report.log
+    if not len(log.step):
         seen = "config alone"
     else:
         seen = f"{len(log.step)} rows, steps {log.step.min():.0f} to {log.last_step}"
-    counts = [f"{n} {s}{'s' * (n > 1)}" for s in COLORS if (n := sum(f.severity == s for f in findings))]
+    counts = [
+        f"{n} {s}{'s' * (n > 1 and s in ('warning', 'note'))}"
+        for s in SEVERITIES
+        if (n := sum(f.severity == s for f in report.findings))
+    ]
     return f"{log.path}: {seen}; " + (", ".join(counts) or "nothing wrong found")
 
 
-def print_report(console: Console, log: Log, findings: list[Finding]) -> None:
-    console.print(Text(headline(log, findings), style="bold"))
-    for f in findings:
-        line = Text.assemble((f"{f.severity:<8}", COLORS[f.severity]), (f.title, "bold"), (_where(f), "dim"))
+def print_report(console: Console, report: Report) -> None:
+    console.print(Text(headline(report), style="bold"))
+    if numbers := in_a_line(report.summary):
+        console.print(Text(numbers, style="dim"))
+    for f in report.findings:
+        line = Text.assemble((f"{f.severity:<9}", COLORS[f.severity]), (f.title, "bold"), (where(f), "dim"))
         console.print(line)
         for text in f.evidence:
             console.print(_indented(text))
-        for text in f.change:
+        for text in f.advice:
             console.print(_indented(text, "-> ", "green"))
+        console.print(_indented(f"{f.confidence} confidence; wrong if: {f.refute}", style="dim"))
+    if report.unexamined:
+        console.print(Text("Not examined:", style="bold"))
+        for u in report.unexamined:
+            console.print(_indented(f"{u['what']}: {u['why']}", style="dim"))
+
+
+def in_a_line(found: dict[str, Any]) -> str:
+    """The summary's most telling numbers."""
+    parts = []
+    if loss := found.get("loss"):
+        fell = f" ({-loss['reduction_percent']:+.1f} %)" if loss["reduction_percent"] is not None else ""
+        parts.append(f"{loss['name']} {loss['first']:.4g} -> {loss['last']:.4g}{fell}, best {loss['best']:.4g}")
+        if "perplexity" in loss:
+            parts.append(f"perplexity {loss['perplexity']:.4g}")
+    if norm := next(iter(found.get("grad_norm", {}).values()), None):
+        parts.append(
+            f"gradient norm at most {norm['largest']:,.4g}, median {norm['median']:.3g}, final {norm['final']:.3g}"
+        )
+    if speed := found.get("throughput"):
+        parts.append(f"{speed['median']:,.4g} {speed['unit']}")
+    if "tokens_per_parameter" in found:
+        parts.append(f"{found['tokens_per_parameter']:.3g} tokens per parameter")
+    return "; ".join(parts)
 
 
 def _indented(text: str, mark: str = "", style: str = "") -> Any:
     from rich.padding import Padding
 
-    return Padding(Text(mark + text, style=style), (0, 0, 0, 8))
+    return Padding(Text(mark + text, style=style), (0, 0, 0, 9))
 
 
-def _where(f: Finding) -> str:
+def where(f: Finding) -> str:
     return "" if f.steps is None else f"  (steps {f.steps[0]}-{f.steps[1]})"
-
-
-def write_report(out: Path, log: Log, findings: list[Finding]) -> list[Path]:
-    """report.md and the plots below `out`; returns the files written."""
-    with user_path(out, "write"):
-        out.mkdir(parents=True, exist_ok=True)
-    plots = plot_rows(log.rows, out)
-    lines = [f"# {headline(log, findings)}", ""]
-    for f in findings:
-        lines += [f"## {f.severity}: {f.title}{_where(f)}", "", *f.evidence, ""]
-        lines += [f"- {c}" for c in f.change] + [""]
-    lines += [f"![{p.stem.replace('_', ' ')}]({p.name})" for p in plots]
-    report = out / "report.md"
-    report.write_text("\n".join(lines).rstrip() + "\n")
-    return [report, *plots]

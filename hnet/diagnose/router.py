@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .findings import Finding
@@ -28,7 +30,8 @@ def undecided(log: Log) -> list[Finding]:
         severity, title = ("warning", "is") if logged else ("note", "looks")
         span = (int(begin), log.last_step)
         title = f"The router of stage {i} {title} undecided"
-        out.append(Finding(severity, "undecided", title, evidence, _change(log, i), span, i))
+        keys, change = _change(log, i)
+        out.append(Finding(severity, "undecided", title, evidence, change, span, i, keys))
     return out
 
 
@@ -83,19 +86,22 @@ def _begin(log: Log, stage: int) -> float:
     return begin
 
 
-def _change(log: Log, stage: int) -> list[str]:
+def _change(log: Log, stage: int) -> tuple[dict[str, Any], list[str]]:
     entropy, surprisal = (_weight(log, f"{k}_weight", stage) for k in ("entropy", "surprisal"))
+    keys: dict[str, Any] = {}
     change = []
     if not surprisal:
-        change.append("--surprisal-weight 0.1 teaches p to be 1 where the model is least sure of what comes")
+        keys["surprisal_weight"] = [0.1]
+        change.append("surprisal_weight teaches p to be 1 where the model is least sure of what comes")
+    keys["entropy_weight"] = [0.1] if not entropy else [round(2 * entropy, 3)]
     if not entropy:
         change.append(
-            "--entropy-weight 0.1 drives p to 0 or 1, and so freezes the boundaries there are: entropy_start and "
+            "entropy_weight drives p to 0 or 1, and so freezes the boundaries there are: entropy_start and "
             "entropy_warmup say when it acts, after they have come to good places"
         )
     else:
-        change.append(f"a higher entropy_weight (now {entropy:g}), or a smaller entropy_start")
-    return change
+        change.append(f"entropy_weight is {entropy:g} now; a smaller entropy_start helps too")
+    return keys, change
 
 
 def _weight(log: Log, name: str, stage: int) -> float:

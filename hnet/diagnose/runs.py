@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from hnet.config.keys import parse_toml
 from hnet.errors import MissingPath, UserError, user_path
 from hnet.train.config import TrainConfig
 
+from . import foreign
 from .names import canonical
-from .text_log import Row, named, read_text
+from .text_log import Row, head, named, read_text
 
 _LOSSES = {"loss", "ce", "bpb", "val_ce", "val_bpb"}
 _LOG_ENDINGS = (".jsonl", ".log", ".txt", ".out", ".csv", ".json")
@@ -105,19 +105,38 @@ class Log:
         return int(self.step.max()) if len(self.step) else 0
 
     @property
+    def planned_steps(self) -> int:
+        """Steps the config asks for, or the log ("step 10/1000"); 0 where neither does."""
+        steps = self.number("steps", default=0)
+        said = self.series("planned_steps")[1]
+        if not steps and len(said) and "cutoff" not in self.columns:  # a ChunkLM counts those of an epoch
+            steps = float(said[-1])
+        return int(steps) if 0 < steps < 2**53 else 0
+
+    @property
     def total_steps(self) -> int:
-        """Steps the config asks for, else the last one logged."""
-        return int(self.number("steps", "max_steps", "total_steps", default=0)) or self.last_step
+        """`planned_steps`, else the last one logged."""
+        return self.planned_steps or self.last_step
 
 
-def read_log(path: str | Path) -> Log:
+def read_log(path: str | Path, config: str | Path | None = None) -> Log:
     """A run from a directory of ours, a config.toml alone, metrics.jsonl, CSV, trainer_state.json or a printed log.
+
+    config: its config, TOML, JSON or YAML of any trainer; default: config.toml (.json, .yaml) beside it, and what a
+    printed log says before its first step.
 
     Raises:
         FileNotFoundError: no such path, or a directory that holds nothing readable.
         ValueError: no step or loss recognised, or a broken config; the message names the file.
     """
     path = Path(path)
+    log = _read(path)
+    if config is not None:
+        log.config = {**log.config, **read_config(Path(config))}
+    return log
+
+
+def _read(path: Path) -> Log:
     if path.is_dir():
         return _read_directory(path)
     if not path.is_file():
@@ -131,15 +150,29 @@ def read_log(path: str | Path) -> Log:
     if b"\0" in data[:4096]:
         raise UserError(f"{path} is not text")
     text = data.decode("utf-8", "replace")
-    config = path.parent / "config.toml"
-    settings = read_config(config) if path.name == "metrics.jsonl" and config.is_file() else {}
+    settings = _config_beside(path)
     for kind, parse in (("json", _json_rows), ("csv", _csv_rows), ("text", lambda t, _: read_text(t))):
         rows = parse(text, path)
         if any(_LOSSES & r.keys() for r in rows):
-            return Log(path, kind, rows, settings)
+            said = foreign.ours(foreign.printed(head(text))) if kind == "text" else {}
+            return Log(path, kind, rows, said | settings)
     raise UserError(
         f"{path}: no training log recognised (looked for JSON lines, CSV, and lines with a step and a loss)"
     )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The config that lies beside a log; {} where there is none, or none that can be read as one."""
+    for ending in foreign.ENDINGS:
+        file = path.parent / f"config{ending}"
+        if file.is_file() and file != path:
+            if path.name == "metrics.jsonl":
+                return read_config(file)
+            try:
+                return read_config(file)
+            except UserError:  # perhaps not of this log
+                continue
+    return {}
 
 
 def _read_directory(path: Path) -> Log:
@@ -150,7 +183,7 @@ def _read_directory(path: Path) -> Log:
     if config.is_file():
         return Log(path, "config", [], read_config(config))
     with user_path(path):
-        found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _LOG_ENDINGS)
+        found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in _LOG_ENDINGS and p.stem != "config")
     if not found:
         raise MissingPath(f"{path} holds no metrics.jsonl, config.toml or log file")
     if all(p.suffix == ".csv" for p in found):  # TensorBoard exports one file for each quantity
@@ -165,17 +198,17 @@ def _read_directory(path: Path) -> Log:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Keys of a config.toml, tables flattened; keys of TrainConfig not in it get their defaults. Unknown keys stay.
+    """Keys of a config, tables flattened; keys of TrainConfig not in it get their defaults, unless it is another
+    trainer's, whose keys stand under our names besides their own. Unknown keys stay.
 
     Raises:
-        ValueError: the file is not TOML.
+        ValueError: the file is not TOML, JSON or YAML, as it is called.
     """
-    values = parse_toml(path)
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+    flat = foreign.read_any(path)
     if flat.keys() & {"cutoffs", "kernel_len"}:  # a ChunkLM: the defaults of an H-Net say nothing about it
         return flat
+    if path.suffix != ".toml" or foreign.is_foreign(flat):
+        return foreign.ours(flat)
     values = {**dataclasses.asdict(TrainConfig()), **flat}
     if values["epochs"]:  # how many steps these are takes the data
         del values["steps"]

@@ -23,10 +23,8 @@ def lr_end(log: Log) -> list[Finding]:
         return []
     known = "steps" in log.config  # else the log may be of a run that is still going on
     evidence = [f"{lr[-1]:.3g} at step {at[-1]:.0f}, {percent(share)} of the peak {lr.max():.3g}."]
-    change = [
-        "--schedule wsd --decay-fraction 0.3 --min-lr 0: the falling rate takes the noise out",
-        "or resume from the last checkpoint and only decay",
-    ]
+    keys = {"schedule": "wsd", "decay_fraction": 0.3, "min_lr": 0.0}
+    change = ["the falling rate takes the noise out", "or resume from the last checkpoint and only decay"]
     return [
         Finding(
             "warning" if known else "note",
@@ -35,6 +33,7 @@ def lr_end(log: Log) -> list[Finding]:
             evidence,
             change,
             (int(at[0]), int(at[-1])),
+            keys=keys,
         )
     ]
 
@@ -61,7 +60,7 @@ def resume(log: Log) -> list[Finding]:
                 why = [f"{cutoff[a]:g} at step {log.step[a]:.0f}, {cutoff[b]:g} at step {log.step[b]:.0f}."]
                 out.append(
                     Finding(
-                        "error",
+                        "critical",
                         "cutoff_regressed",
                         "The cutoff went back",
                         why,
@@ -79,7 +78,7 @@ def resume(log: Log) -> list[Finding]:
             why = [f"{before:.3g} before and {after:.3g} after, around step {step}."]
             out.append(
                 Finding(
-                    "error",
+                    "critical",
                     "resume_lr",
                     "Resuming changed the learning rate",
                     why,
@@ -95,7 +94,7 @@ def resume(log: Log) -> list[Finding]:
                     why = [f"median {np.median(a):.3f} before step {step}, {np.median(b[:10]):.3f} after."]
                     out.append(
                         Finding(
-                            "error",
+                            "critical",
                             "resume_loss",
                             "The loss jumped on resuming",
                             why,
@@ -163,7 +162,7 @@ def lr_restart(log: Log) -> list[Finding]:
         ]
         out.append(
             Finding(
-                "error",
+                "critical",
                 "lr_restart",
                 "A learning-rate restart lasts one step",
                 why,

@@ -45,6 +45,17 @@ def read_text(text: str) -> list[Row]:
     return reader.rows
 
 
+def head(text: str) -> list[str]:
+    """The lines before the first with a step and a number."""
+    reader, lines = _Reader(), []
+    for line in re.split(r"[\r\n]+", _ANSI.sub("", text)):
+        reader.line(line)
+        if any({"loss", "ce", "bpb", "val_ce"} & r.keys() for r in reader.rows):
+            break
+        lines.append(line)
+    return lines
+
+
 class _Reader:
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -71,7 +82,7 @@ class _Reader:
             step, total = float(m[1]), int(m[2] or 0)
         else:
             total = 0
-        if not values.keys() - {"epoch", "cutoff"}:
+        if not values.keys() - {"epoch", "cutoff", "planned_steps"}:
             return
         if step is not None:
             self._step(step, total, values)
@@ -83,6 +94,8 @@ class _Reader:
     def _step(self, step: float, total: int, values: Row) -> None:
         self.counted, self.per_epoch, self.last = True, total or self.per_epoch, step
         step += self.base
+        if total:
+            values["planned_steps"] = float(total)
         if self.rows and "event" not in self.rows[-1] and self.rows[-1]["step"] == step:
             self._merge(values)
         else:
@@ -94,6 +107,8 @@ class _Reader:
             self.rows.append({"step": float(epoch), "epoch": float(epoch), "loss": values.pop("epoch_loss"), **values})
             return
         self._merge({"epoch": float(epoch), **values})
+        for row in self.rows:  # it was the length of an epoch
+            row.pop("planned_steps", None)
         self.going_on = self.going_on or self.last < 0.9 * self.per_epoch or not self.per_epoch
         if self.going_on:
             return

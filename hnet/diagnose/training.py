@@ -1,4 +1,4 @@
-"""Loss and gradients: non-finite values, spikes, warm-up, explosion, early stopping, over-fitting, plateaus."""
+"""The loss: non-finite values, spikes, the end of a run, early stopping, over-fitting, plateaus."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from hnet.plots.run import smooth
 from .findings import Finding
 from .runs import Log
 from .series import episodes, noise, percent, slope, tail, trailing_median
+from .thresholds import threshold
 
 LOSS = ("ce", "bpb", "loss")
 VAL = ("val_ce", "val_bpb")
 PATIENCE = ("patience", "early_stop_patience", "early_stopping_patience")
 SPIKE_SIGMA, SPIKE_SHARE = 8.0, 0.25  # a spike is this far above the median before it, in noise and in the loss
-EXPLOSION = 10.0  # growth of a gradient norm
-EARLY_GRAD = 20.0  # first gradient norms over later ones; healthy runs from our presets show 6 to 8
-SHORT_WARMUP = 0.01
 
 
 def non_finite(log: Log) -> list[Finding]:
@@ -37,19 +35,22 @@ def non_finite(log: Log) -> list[Finding]:
         evidence.append(f"The trainer skipped {skipped} update{'s' * (skipped > 1)}, the first at step {first}.")
     last = f"{int(good[-1])}" if len(good) else "none"
     evidence.append(f"Last finite loss at step {last}; {'it went on' if recovered else 'it never came back'}.")
+    rate = log.number("learning_rate")
+    keys = {"learning_rate": float(f"{rate / 2:.2g}")} if rate > 0 else {}
     change = [
-        "lower learning_rate by 2-4x, or lengthen warmup_steps",
+        "a learning_rate 2 to 4 times lower, or a longer warmup_steps",
         'dtype = "fp32" for a few hundred steps tells overflow from divergence',
         "max_grad_norm = 1.0 if clipping is off",
     ]
     return [
         Finding(
-            "warning" if recovered else "error",
+            "warning" if recovered else "critical",
             "non_finite",
             "Loss or gradient was not finite",
             evidence,
             change,
             (seen[0], seen[-1]),
+            keys=keys,
         )
     ]
 
@@ -79,19 +80,22 @@ def loss_spike(log: Log) -> list[Finding]:
     near = grads[np.abs(grad_steps - steps[at]) <= 2]
     if len(near) and near.max() > 5 * np.median(grads):
         evidence.append(f"Gradient norm there {near.max():.3g}, median of the run {np.median(grads):.3g}.")
-    change = ["lower learning_rate, or clip harder (max_grad_norm)", "look at the documents of that step"]
+    rate = log.number("learning_rate")
+    keys = {"learning_rate": float(f"{threshold('lr_advice') * rate:.2g}")} if rate > 0 else {}
+    change = ["a lower learning_rate, or clip harder (max_grad_norm)", "look at the documents of that step"]
     if lost:
         change.insert(
             0, f"go back to a checkpoint before step {steps[worst[0]]:.0f} and resume with a lower learning_rate"
         )
     return [
         Finding(
-            "error" if lost else "warning",
+            "critical" if lost else "warning",
             "loss_spike",
             "Loss spike" + (" the run never recovered from" if lost else ""),
             evidence,
             change,
             (int(steps[found[0][0]]), int(steps[found[-1][1]])),
+            keys=keys,
         )
     ]
 
@@ -111,128 +115,6 @@ def _spike_events(log: Log) -> list[Finding]:
             (events[0].step, events[-1].step),
         )
     ]
-
-
-def warmup(log: Log) -> list[Finding]:
-    """Too short a warm-up: by the config, and by what the first steps show."""
-    total, steps = log.total_steps, int(log.number("warmup_steps", default=-1))
-    if log.setting("warmup_fraction") and steps <= 0:
-        steps = int(log.number("warmup_fraction") * total)
-    from_lr = False
-    at, lr = log.series("lr")
-    if steps < 0 and len(lr) >= 20 and lr.max() > 0:
-        steps, from_lr = int(at[np.argmax(lr >= 0.99 * lr.max())]), True
-        if steps > 0.3 * total:  # not a warm-up: a schedule that peaks late
-            steps = -1
-    evidence = _early_trouble(log)
-    short = 0 <= steps < SHORT_WARMUP * total
-    if not evidence and (not short or from_lr):
-        return []
-    if steps >= 0:
-        source = "the learning rate peaks at" if from_lr else "warmup_steps is"
-        evidence.insert(0, f"{source} {steps} of {total} steps ({percent(steps / max(total, 1))}).")
-    short = 0 <= steps < 2 * SHORT_WARMUP * total or (bool(evidence) and steps < 0)
-    advice = max(2 * steps, round(0.05 * total), 50) if total >= 100 else max(2 * steps, round(0.1 * total))
-    change = [f"--warmup-steps {advice}"] if short else ["lower learning_rate: the warm-up itself is not short"]
-    if not short:
-        title = "The first steps are unstable in spite of the warm-up"
-    else:
-        title = "Too little warm-up" if len(evidence) > 1 else "Short warm-up"
-    harmless = len(evidence) == 1 and log.kind != "config" and len(log.step) >= 40
-    if harmless:
-        evidence.append("This log shows no harm from it.")
-    span = (0, max(total // 10, 1)) if len(log.step) else None
-    return [Finding("note" if harmless else "warning", "warmup", title, evidence, change, span)]
-
-
-def _early_trouble(log: Log) -> list[str]:
-    evidence = []
-    at, v = log.series(*LOSS)
-    early = v[: len(v) // 10]
-    if len(early) >= 4:
-        sm = smooth(early, max(1, len(v) // 200))
-        rise = sm - np.minimum.accumulate(sm)
-        i = int(np.argmax(rise))
-        if rise[i] > max(0.1 * abs(sm[i] - rise[i]), 6 * noise(early)):
-            evidence.append(f"The loss rose from {sm[i] - rise[i]:.3f} to {sm[i]:.3f} at step {at[i]:.0f}.")
-    at, g = log.series("grad_norm")
-    if len(g) >= 40:
-        k = max(2, len(g) // 20)
-        later = float(np.median(g[k:]))
-        if g[:k].max() > EARLY_GRAD * later:
-            i = int(np.argmax(g[:k]))
-            evidence.append(f"Gradient norm {g[i]:.3g} at step {at[i]:.0f}, median later {later:.3g}.")
-    return evidence
-
-
-def grad_explosion(log: Log) -> list[Finding]:
-    names = [f"stage{i}/grad_norm" for i in log.stages("grad_norm")] or ["grad_norm"]
-    out = []
-    multipliers = log.setting("lr_multipliers", default=[])
-    for i, name in enumerate(names):
-        at, g = log.series(name)
-        if len(g) < 40:
-            continue
-        skip = len(g) // 10
-        at, g = at[skip:], g[skip:]
-        base, end = float(np.median(g[: len(g) // 3])), float(np.median(tail(g)))
-        if base <= 0:
-            continue
-        high = episodes(g > EXPLOSION * 2 * np.maximum(trailing_median(g, 50), base), gap=5)
-        grown = end > EXPLOSION * base
-        if not grown and len(high) < 3:
-            continue
-        staged = name != "grad_norm"
-        stage = int(name[5 : name.index("/")]) if staged else None
-        evidence = [f"median {base:.3g} from step {at[0]:.0f}, {end:.3g} at the end ({end / base:.3g} times)."]
-        if high:
-            evidence.append(f"{len(high)} bursts, the first at step {at[high[0][0]]:.0f} ({g[high[0][0]]:.3g}).")
-        factor = _multiplier(log, multipliers, i) if staged else None
-        change = []
-        if factor and factor > 1:
-            evidence.append(f"Its learning rate is multiplied by {factor:.3g}.")
-            new = [round(m / 2, 3) if j == i else m for j, m in enumerate(multipliers)] if multipliers else None
-            flag = (
-                f"--lr-multipliers {','.join(f'{m:g}' for m in new)}" if new else f"halve lr_multipliers of stage {i}"
-            )
-            change.append(flag)
-        change += ["lower learning_rate", "max_grad_norm = 1.0, or adaptive clipping"]
-        where = f"stage {stage}'s gradient norm" if staged else "The gradient norm"
-        title = f"{where} {'exploded' if grown else 'bursts'}"
-        out.append(
-            Finding(
-                "error" if grown else "warning",
-                "grad_explosion",
-                title[0].upper() + title[1:],
-                evidence,
-                change,
-                (int(at[0]), int(at[-1])),
-                stage,
-            )
-        )
-    events = log.events_named("grad_explosion")
-    if events and not out:
-        evidence = [f"step {e.step}: {e.message}" for e in events[:5]]
-        out = [
-            Finding(
-                "warning",
-                "grad_explosion",
-                "The guards saw an exploding gradient norm",
-                evidence,
-                ["lower learning_rate or the lr_multipliers of that stage"],
-                (events[0].step, events[-1].step),
-            )
-        ]
-    return out
-
-
-def _multiplier(log: Log, multipliers: object, stage: int) -> float | None:
-    if isinstance(multipliers, list) and stage < len(multipliers):
-        return float(multipliers[stage])
-    rates = [log.series(f"stage{i}/lr")[1] for i in log.stages("lr")]
-    if stage < len(rates) and all(len(r) for r in rates) and min(r.max() for r in rates) > 0:
-        return float(rates[stage].max() / min(r.max() for r in rates))
-    return None
 
 
 def early_stop(log: Log) -> list[Finding]:
@@ -258,7 +140,7 @@ def early_stop(log: Log) -> list[Finding]:
         change = ["stop on val_ce alone, never on cross entropy + ratio loss", "resume from the last checkpoint"]
         return [
             Finding(
-                "error",
+                "critical",
                 "early_stop_metric",
                 "Stopped early while the held-out cross entropy was still improving",
                 evidence,
@@ -275,12 +157,10 @@ def early_stop(log: Log) -> list[Finding]:
             f"Evaluations scatter by {sigma:.4f}, and gained {-per:.4f} each over the last half: {waited:g} "
             f"evaluations of patience gain {waited * -per:.4f}, less than the scatter."
         ]
-        change = [f"--patience {max(wanted, 10)}", "a larger eval_bytes makes evaluations less noisy"]
-        return [
-            Finding(
-                "warning", "early_stop_noise", "Stopped early on the noise of the evaluations", evidence, change, span
-            )
-        ]
+        change = ["a larger eval_bytes makes evaluations less noisy"]
+        title = "Stopped early on the noise of the evaluations"
+        keys = {"patience": max(wanted, 10)}
+        return [Finding("warning", "early_stop_noise", title, evidence, change, span, keys=keys)]
     return []
 
 
@@ -303,12 +183,10 @@ def overfitting(log: Log) -> list[Finding]:
         f"(+{percent(end / v[best] - 1)}).",
         f"Training meanwhile: {then:.4f} to {now:.4f}.",
     ]
-    change = [
-        f"keep the checkpoint of step {at[best]:.0f}; stop there (--patience)",
-        "more data, or fewer steps",
-        "weight_decay 0.1 or dropout",
-    ]
-    return [Finding("warning", "overfitting", "Over-fitting", evidence, change, (int(at[best]), int(at[-1])))]
+    change = [f"keep the checkpoint of step {at[best]:.0f}; stop there", "more data, or fewer steps"]
+    keys = {"patience": 10, "dropout": 0.1} if not log.number("dropout", default=0) else {"patience": 10}
+    span = (int(at[best]), int(at[-1]))
+    return [Finding("warning", "overfitting", "Over-fitting", evidence, change, span, keys=keys)]
 
 
 def plateau(log: Log) -> list[Finding]:
@@ -328,10 +206,38 @@ def plateau(log: Log) -> list[Finding]:
     change = ["a larger model or more data if the loss is still too high"]
     if level is not None:
         evidence.append(f"The learning rate is still at {percent(level)} of its peak.")
-        change.insert(
-            0, "let the learning rate decay now (schedule wsd, or a shorter run): most of the rest comes then"
+        change.insert(0, "let the learning rate decay now, or plan a shorter run: most of the rest comes then")
+    keys = {"schedule": "wsd"} if log.setting("schedule") == "constant" else {}
+    span = (int(at[start]), int(at[-1]))
+    return [Finding("warning", "plateau", "The loss is flat", evidence, change, span, keys=keys)]
+
+
+def unfinished(log: Log) -> list[Finding]:
+    """The log ends before the steps that were planned, and nothing stopped it early."""
+    planned, last = log.planned_steps, log.last_step
+    if not planned or not len(log.step) or last >= 0.99 * planned or log.events_named("early_stop"):
+        return []
+    evidence = [f"{last:,} of {planned:,} steps ({percent(last / planned)})."]
+    _, v = log.series(*LOSS)
+    if len(v) >= 40:
+        part = v[len(v) * 3 // 4 :]
+        per, error = slope(part)
+        gained = -per * len(part)
+        if per < -2 * error:
+            evidence.append(f"The loss still fell: by {gained:.3g} over the last quarter of the log, to {v[-1]:.4g}.")
+        else:
+            evidence.append(f"The loss changed by {-gained:+.2g} over the last quarter of the log, to {v[-1]:.4g}.")
+    _, lr = log.series("lr", *(f"stage{i}/lr" for i in log.stages("lr")))
+    if len(lr) and lr.max() > 0:
+        evidence.append(
+            f"The learning rate ends at {percent(float(lr[-1] / lr.max()))} of its peak, before what a decay gains."
         )
-    return [Finding("warning", "plateau", "The loss is flat", evidence, change, (int(at[start]), int(at[-1])))]
+    change = [
+        "resume from the last checkpoint (hnet train --resume --out RUN), to the end of its schedule",
+        f"or plan what can be afforded: --steps {last} with its decay inside",
+    ]
+    title = f"The run ended at {percent(last / planned)} of its steps"
+    return [Finding("warning", "unfinished", title, evidence, change, (last, planned))]
 
 
 def failures(log: Log) -> list[Finding]:
@@ -353,8 +259,8 @@ def failures(log: Log) -> list[Finding]:
     for name, (title, change) in advice.items():
         if events := log.events_named(name):
             evidence = [f"step {e.step}: {e.message[:200]}" for e in events[:3]]
-            out.append(Finding("error", name, title, evidence, change, (events[0].step, events[-1].step)))
+            out.append(Finding("critical", name, title, evidence, change, (events[0].step, events[-1].step)))
     return out
 
 
-RULES = (non_finite, loss_spike, warmup, grad_explosion, early_stop, overfitting, plateau, failures)
+RULES = (non_finite, loss_spike, unfinished, early_stop, overfitting, plateau, failures)

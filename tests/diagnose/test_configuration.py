@@ -18,7 +18,7 @@ def test_good_config(tmp_path):
 @pytest.mark.parametrize(
     ("config", "name", "severity"),
     [
-        ({"warmup_steps": 400}, "warmup_all", "error"),
+        ({"warmup_steps": 400}, "warmup_all", "critical"),
         ({"warmup_steps": 200, "decay_fraction": 0.8}, "warmup_decay", "warning"),
         ({"warmup_steps": 1}, "warmup", "warning"),
         ({"schedule": "constant"}, "lr_end", "warning"),
@@ -31,7 +31,7 @@ def test_good_config(tmp_path):
         ({"ratio_weight": 0.03}, "ratio_weight", "warning"),
         ({"compression": [40.0]}, "target_range", "note"),
         ({"patience": 2}, "patience", "warning"),
-        ({"early_stop_metric": "val_loss"}, "early_stop_metric", "error"),
+        ({"early_stop_metric": "val_loss"}, "early_stop_metric", "critical"),
         ({"eval_bytes": 1000}, "eval_bytes", "note"),
         ({"eval_every": 300}, "eval_every", "note"),
         ({"batch_bytes": 2048}, "small_batch", "note"),

@@ -44,7 +44,7 @@ def test_small_batch(tmp_path):
         r["ce"] *= 1 + 0.2 * rng.standard_normal()
     f = findings(write_run(tmp_path / "a", rows))["small_batch"]
     assert f.severity == "warning"
-    factor = int(f.change[0].split()[1]) / 32768
+    factor = f.keys["batch_bytes"] / 32768
     assert factor in (16, 32)  # (0.2 / 0.05)^2 and the noise of its estimate
 
 
@@ -55,7 +55,7 @@ def test_split(tmp_path):
     inside = {"data": [train], "preset": "tiny"}
     assert "split_overlap" not in findings(write_run(tmp_path / "a", [], val_data=[other], **inside))
     f = findings(write_run(tmp_path / "b", [], val_data=[train, other], **inside))["split_overlap"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     assert "1 files are in data and in val_data" in f.evidence[0]
     f = findings(write_run(tmp_path / "c", [], val_data=[str(tail)], **inside))["split_overlap"]
     assert "ends with the 20000 bytes" in f.evidence[0]

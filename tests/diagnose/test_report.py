@@ -36,11 +36,11 @@ def bad(tmp_path):
 def test_exit_codes_and_order(good, bad, tmp_path):
     r = run(good)
     assert r.exit_code == 0, r.output
-    assert "error" not in r.output
+    assert "critical " not in r.output
     r = run(good, bad)
     assert r.exit_code == 1
     text = r.output[r.output.index(str(bad.name)) :]
-    assert 0 < text.index("error ") < text.index("warning ")
+    assert 0 < text.index("critical ") < text.index("warning ")
     assert "collapsed to one chunk per position" in text
     assert "-> " in text
     novel = tmp_path / "novel.txt"
@@ -56,20 +56,20 @@ def test_json(good, bad):
     r = run(bad, good, "--json")
     assert r.exit_code == 1
     first, second = json.loads(r.stdout)
-    assert first["errors"] == 1
+    assert first["counts"]["critical"] == 1
     assert first["kind"] == "run"
-    assert first["last_step"] == 400
-    assert first["findings"][0]["name"] == "collapse_open"
-    assert first["findings"][0]["severity"] == "error"
+    assert first["summary"]["last_step"] == 400
+    assert first["findings"][0]["id"] == "collapse_open"
+    assert first["findings"][0]["severity"] == "critical"
     assert first["findings"][0]["stage"] == 0
-    assert second["errors"] == 0
+    assert second["counts"]["critical"] == 0
 
 
 def test_out_writes_a_report_and_plots(good, bad, tmp_path):
     out = tmp_path / "report"
     assert run(bad, "--out", out).exit_code == 1
     text = (out / "report.md").read_text()
-    assert "## error: Stage 0 collapsed" in text
+    assert "### critical: Stage 0 collapsed" in text
     for name in ("loss", "learning_rate", "gradient_norm", "compression"):
         assert f"({name}.png)" in text
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -87,9 +87,9 @@ def test_plot_command(good):
 
 def test_findings_are_checked_and_sorted():
     with pytest.raises(ValueError, match="severity must be one of"):
-        Finding("bad", "x", "x", [])
-    found = [Finding(s, s, s, []) for s in ("note", "error", "warning")]
-    assert [f.severity for f in by_severity(found)] == ["error", "warning", "note"]
+        Finding("bad", "widths", "x", [])
+    found = [Finding(s, "widths", s, []) for s in ("note", "critical", "warning")]
+    assert [f.severity for f in by_severity(found)] == ["critical", "warning", "note"]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -47,12 +47,12 @@ def test_resume_with_another_learning_rate_and_loss(tmp_path):
     for r in rows[i:]:
         r["lr"] *= 1.3
     f = findings(write_run(tmp_path / "a", rows))["resume_lr"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     rows = resumed()
     for r in rows[i:]:
         r["ce"] += 0.5 * math.exp(-(r["step"] - 250) / 30)
     f = findings(write_run(tmp_path / "b", rows))["resume_loss"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
 
 
 def test_resume_that_restarts_the_warmup_without_going_back(tmp_path):
@@ -61,7 +61,7 @@ def test_resume_that_restarts_the_warmup_without_going_back(tmp_path):
         r["lr"] = 1e-3 * min(1, (r["step"] - 200) / 40)
     rows.insert(201, {"step": 200, "event": "resume", "message": "Resumed"})
     f = findings(write_run(tmp_path / "a", rows))["resume_lr"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     assert "0.001 before and 2.5e-05 after" in f.evidence[0]
 
 
@@ -73,7 +73,7 @@ def test_restart_that_lasts_one_step(tmp_path):
     assert "lr_restart" not in findings(run)
     rows[300]["lr"] = rows[350]["lr"] = 1e-3
     f = findings(write_run(tmp_path / "b", rows))["lr_restart"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     assert "2 times, first at step 300: 0.000402, 0.001, 0.000398" in f.evidence[0]
     assert "lr_jump" not in findings(write_run(tmp_path / "c", rows))
 
@@ -136,7 +136,7 @@ def test_cutoff_that_goes_back(tmp_path):
     for r in rows[600:]:
         r["cutoff"] = 128
     f = findings(write_run(tmp_path / "a", rows, **CHUNK_LM))["cutoff_regressed"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     assert "256 at step 600, 128 at step 601" in f.evidence[0]
 
 

@@ -20,14 +20,14 @@ def set_rate(rows, f, g, target=4.0, stage=0):
 def test_collapse_to_one_byte_a_chunk(tmp_path):
     rows = set_rate(healthy_rows(), lambda s: min(0.3 + s / 200, 0.999), lambda s: 0.3)
     f = findings(write_run(tmp_path / "a", rows))["collapse_open"]
-    assert (f.severity, f.stage) == ("error", 0)
-    assert "--ratio-weight 2 (now 0.5)" in f.change
+    assert (f.severity, f.stage) == ("critical", 0)
+    assert f.keys == {"ratio_weight": 2.0, "rate_control": "bias"}
 
 
 def test_collapse_to_one_chunk_a_document(tmp_path):
     rows = set_rate(healthy_rows(), lambda s: 0.0011, lambda s: 0.2)
     found = findings(write_run(tmp_path / "a", rows))
-    assert found["collapse_closed"].severity == "error"
+    assert found["collapse_closed"].severity == "critical"
     assert "1.1 chunks a sequence of 1024 bytes" in found["collapse_closed"].evidence[0]
     assert "target_missed" not in found
 
@@ -51,12 +51,12 @@ def test_guard_events_of_a_collapse_that_passed(tmp_path):
 def test_missed_target_behind_a_ratio_loss_of_one(tmp_path):
     rows = set_rate(healthy_rows(), lambda s: 0.36, lambda s: 0.25)
     f = findings(write_run(tmp_path / "a", rows))["target_missed"]
-    assert f.severity == "error"
+    assert f.severity == "critical"
     assert "though its ratio loss is near 1" in f.title
     assert "target 4 (-31%)" in f.evidence[0]
     assert "L - 1 = N^2/(N-1) (F - 1/N)(G - 1/N)" in f.evidence[1]
-    assert any(c.startswith("--ratio-weight") for c in f.change)
-    assert any("--rate-control bias" in c for c in f.change)
+    assert f.keys["ratio_weight"] > 0.5
+    assert f.keys["rate_control"] == "bias"
     f = findings(write_run(tmp_path / "b", set_rate(rows, lambda s: 0.5, lambda s: 0.6)))["target_missed"]
     assert "though" not in f.title  # here the loss says it
     rows = set_rate(rows, lambda s: 0.29, lambda s: 0.25)  # 14 % off
@@ -92,5 +92,5 @@ def test_budget(tmp_path):
 def test_widths_that_do_not_grow(given, tmp_path):
     f = findings(write_run(tmp_path / "a", healthy_rows(), d_model=given))["widths"]
     assert "256 256" in f.evidence[0]
-    assert "--d-model 256 384" in f.change[0]
+    assert f.keys["d_model"] == [256, 384]
     assert "widths" not in findings(write_run(tmp_path / "b", healthy_rows(), d_model=[256, 512]))
