@@ -170,6 +170,21 @@ CATALOGUE: dict[str, Entry] = {
         },
     ),
     **_entries(
+        "generation",
+        {
+            "invalid_utf8": ("high", "samples break UTF-8 characters", "the text itself is no UTF-8"),
+            "hot_samples": (
+                "medium",
+                "the model finds its own samples far less probable than held-out text",
+                "more samples, at other prompts, do not",
+            ),
+            "repetition": ("medium", "samples repeat themselves more than text does", "texts of that kind repeat, too"),
+            "copies": ("medium", "samples copy the training text", "the piece stands in held-out text as well"),
+            "low_entropy": ("medium", "samples have few different bytes", "the prompts are of that kind"),
+            "samples": ("low", "samples are like text in what is measured", "a reader finds them incoherent"),
+        },
+    ),
+    **_entries(
         "segmentation",
         {
             "collapse_open": ("high", "one chunk per position", "the target is one position a chunk"),

@@ -25,6 +25,7 @@ class Report:
     findings: list[Finding]
     summary: dict[str, Any]
     unexamined: list[dict[str, str]]
+    generation: list[dict[str, Any]] | None = None  # rows of `hnet.diagnose.generation.samples`
 
     @property
     def worst(self) -> str:
@@ -41,6 +42,7 @@ class Report:
             "summary": self.summary,
             "findings": [f.to_dict() for f in self.findings],
             "unexamined": self.unexamined,
+            "generation": self.generation,
         }
 
 
@@ -49,9 +51,12 @@ def diagnose(log: Log) -> list[Finding]:
     return by_severity([f for analysis in OF_A_LOG for f in analysis(log)])
 
 
-def examine(log: Log, more: list[Finding] | None = None) -> Report:
-    """`diagnose` with all around it. more: findings of a checkpoint."""
-    return Report(log, by_severity(diagnose(log) + (more or [])), summary(log), unexamined(log))
+def examine(log: Log, more: list[Finding] | None = None, generation: list[dict[str, Any]] | None = None) -> Report:
+    """`diagnose` with all around it. more, generation: findings and rows of what a checkpoint wrote."""
+    left = unexamined(log)
+    if generation is None:
+        left.append({"what": "what the model writes", "why": "no checkpoint was loaded; --generate loads the run's"})
+    return Report(log, by_severity(diagnose(log) + (more or [])), summary(log), left, generation)
 
 
 def headline(report: Report) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Table = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values)
+Panels = list[tuple[str, list[Callable[["Axes"], None]]]]  # (file name, what to draw in each panel from the top)
 
 # Okabe and Ito's colours: told apart under every common kind of colour blindness, and in grey by their dashes.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
@@ -63,8 +64,9 @@ def plot_run(run_dir: str | Path, out_dir: str | Path | None = None) -> list[Pat
     return written
 
 
-def plot_rows(rows: list[Row], out_dir: Path) -> list[Path]:
-    """`plot_run` for lines already read; makes out_dir only if there is something to draw."""
+def plot_rows(rows: list[Row], out_dir: Path, figures: Callable[[Table], Panels] | None = None) -> list[Path]:
+    """`plot_run` for lines already read; makes out_dir only if there is something to draw. figures: default
+    `run_figures`."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ def plot_rows(rows: list[Row], out_dir: Path) -> list[Path]:
     rows = [r for r in rows if "event" not in r and _number(r.get("step"))]
     written: list[Path] = []
     with matplotlib.rc_context(STYLE):
-        for name, panels in _figures(_table(rows)):
+        for name, panels in (figures or run_figures)(_table(rows)):
             if not panels:
                 continue
             height = 3.4 if len(panels) == 1 else 2.6 * len(panels)
@@ -132,7 +134,7 @@ def _has(table: Table, *names: str) -> bool:
     return any(n in table for n in names)
 
 
-def _figures(table: Table) -> list[tuple[str, list[Callable[[Axes], None]]]]:
+def run_figures(table: Table) -> Panels:
     """(file name, what to draw in each panel from the top); no panels: no data for that file."""
 
     def panels(*pairs: tuple[bool, Callable[[Table, Axes], None]]) -> list[Callable[[Axes], None]]:
@@ -166,7 +168,7 @@ def _figures(table: Table) -> list[tuple[str, list[Callable[[Axes], None]]]]:
     ]
 
 
-def _line(ax: Axes, table: Table, name: str, label: str, color: str, dash: Any = "-", raw: bool = True) -> None:
+def line(ax: Axes, table: Table, name: str, label: str, color: str, dash: Any = "-", raw: bool = True) -> None:
     """The smoothed series, over the raw one drawn faintly."""
     steps, values = _get(table, name)
     if not len(steps):
@@ -188,7 +190,7 @@ def _draw_loss(table: Table, ax: Axes) -> None:
     train, held_out, unit = next(((t, v, u) for t, v, u in choices if _has(table, t)), choices[0])
     if not _has(table, train) and not _has(table, held_out):
         held_out, unit = "val_ce", "cross entropy (nats)"
-    _line(ax, table, train, "train", BLUE)
+    line(ax, table, train, "train", BLUE)
     steps, values = _get(table, held_out)
     if len(steps):
         ax.plot(steps, values, "o", color=RED, markersize=5, label="held out")
@@ -204,9 +206,9 @@ def _draw_stages(table: Table, ax: Axes, name: str, label: str) -> None:
     """A line for each stage that has `name`, or the run's own where no stage has."""
     stages = _stages(table, name)
     for i in stages:
-        _line(ax, table, f"stage{i}/{name}", f"stage {i}", _color(i), _dash(i))
+        line(ax, table, f"stage{i}/{name}", f"stage {i}", _color(i), _dash(i))
     if not stages:
-        _line(ax, table, name, label, BLUE)
+        line(ax, table, name, label, BLUE)
 
 
 def _draw_ratio_loss(table: Table, ax: Axes) -> None:
@@ -235,7 +237,7 @@ def _draw_compression(table: Table, ax: Axes) -> None:
     """Bytes per chunk count from the bytes, targets from one stage to the next: a stage's line is their product."""
     product: Any = 1.0
     for i in _stages(table, "bytes_per_chunk"):
-        _line(ax, table, f"stage{i}/bytes_per_chunk", f"stage {i}", _color(i), _dash(i))
+        line(ax, table, f"stage{i}/bytes_per_chunk", f"stage {i}", _color(i), _dash(i))
         steps, target = _get(table, f"stage{i}/target")
         if not len(steps) or (not np.isscalar(product) and len(product) != len(target)):
             continue
@@ -246,8 +248,8 @@ def _draw_compression(table: Table, ax: Axes) -> None:
 
 def _draw_rates(table: Table, ax: Axes) -> None:
     for i in sorted({*_stages(table, "F"), *_stages(table, "G")}):
-        _line(ax, table, f"stage{i}/F", f"F, stage {i}", _color(i), "-")
-        _line(ax, table, f"stage{i}/G", f"G, stage {i}", _color(i), "--", raw=False)
+        line(ax, table, f"stage{i}/F", f"F, stage {i}", _color(i), "-")
+        line(ax, table, f"stage{i}/G", f"G, stage {i}", _color(i), "--", raw=False)
     ax.set_ylim(0, None)
     ax.set_ylabel("F: boundaries\nG: mean probability")
 
@@ -256,8 +258,8 @@ def _draw_probabilities(table: Table, ax: Axes) -> None:
     """The closer the two lines of a stage, the less decided its router."""
     ax.axhspan(0.4, 0.6, color="#888888", alpha=0.15, linewidth=0, label="undecided")
     for i in sorted({*_stages(table, "p_on"), *_stages(table, "p_off")}):
-        _line(ax, table, f"stage{i}/p_on", f"on boundaries, stage {i}", _color(i), "-")
-        _line(ax, table, f"stage{i}/p_off", f"elsewhere, stage {i}", _color(i), "--")
+        line(ax, table, f"stage{i}/p_on", f"on boundaries, stage {i}", _color(i), "-")
+        line(ax, table, f"stage{i}/p_off", f"elsewhere, stage {i}", _color(i), "--")
     ax.set_ylim(0, 1)
     ax.set_ylabel("mean boundary\nprobability")
 
@@ -276,7 +278,7 @@ SHARES: dict[str, Callable[[Table, Axes], None]] = {
 
 def _draw_cutoff(table: Table, ax: Axes) -> None:
     name = next((n for n in ("ce", "loss") if _has(table, n)), "loss")
-    _line(ax, table, name, "train", BLUE)
+    line(ax, table, name, "train", BLUE)
     steps, cutoffs = _get(table, "cutoff")
     for s, low, high in [(s, a, b) for s, a, b in zip(steps[1:], cutoffs, cutoffs[1:], strict=False) if b != a]:
         ax.axvline(s, color="#888888", linewidth=0.9)

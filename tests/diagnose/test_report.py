@@ -70,7 +70,7 @@ def test_out_writes_a_report_and_plots(good, bad, tmp_path):
     assert run(bad, "--out", out).exit_code == 1
     text = (out / "report.md").read_text()
     assert "### critical: Stage 0 collapsed" in text
-    for name in ("loss", "learning_rate", "gradient_norm", "compression"):
+    for name in ("loss_curves", "learning_rates", "grad_norms", "compression"):
         assert f"({name}.png)" in text
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     several = tmp_path / "several"
