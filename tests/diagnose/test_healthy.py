@@ -37,7 +37,7 @@ def test_an_hnet(keys, tmp_path):
 @pytest.mark.slow
 def test_a_chunk_lm(tmp_path):
     config = ChunkLMTrainConfig(
-        data=[str(STDLIB / "email")], pattern="*.py", device="cpu", d_model=32, n_layers=1, seq_len=64, kernel_len=16,
+        data=[str(STDLIB / "email")], pattern="*.py", device="cpu", width=32, n_layers=1, seq_len=64, kernel_len=16,
         chunk=4, steps=80, warmup_steps=8, eval_every=20, eval_bytes=1024, sample_bytes=0, plots=False,
         out=str(tmp_path / "run"),
     )  # fmt: skip
