@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from hnet.config import BOS
 from hnet.errors import UserError
-from hnet.generate import engine
+from hnet.generate import generate
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.score import bits_per_byte
 
@@ -89,7 +90,7 @@ def completion_bpb(model: HNetForCausalLM, prompt: bytes, text: bytes) -> float:
     """Bits a byte of `text` under the model, given BOS and the prompt; NaN for no text."""
     if not text:
         return float("nan")
-    given = engine.encode(prompt)
+    given = bytes([BOS]) + prompt
     ids = torch.tensor(list(given + text), device=model.embeddings.weight.device)
     cu = torch.tensor([0, len(ids)], dtype=torch.int32, device=ids.device)
     logits = model(ids, cu_seqlens=cu).logits[len(given) - 1 : -1].float()
@@ -112,7 +113,7 @@ def samples(
     Args:
         held_out: text, of which prompts and what they are compared with are taken, evenly.
         source: training text that may have been copied.
-        **options: of `hnet.generate.engine.stream`: top_p, repetition_penalty.
+        **options: of `hnet.generate.stream`: top_p, repetition_penalty.
 
     Raises:
         UserError: too little text for so many prompts.
@@ -125,7 +126,7 @@ def samples(
     given = [held_out[s : s + size] for s in starts]
     rows = []
     for t in TEMPERATURES:
-        texts = engine.generate(model, list(given), num_bytes, temperature=t, seed=0, stop_at_eos=False, **options)
+        texts = generate(model, list(given), num_bytes, temperature=t, seed=0, stop_at_eos=False, **options)
         rows.append(_row({"temperature": t}, model, given, texts, source))
     real = [held_out[s + size : s + piece] for s in starts]
     rows.append(_row({"temperature": None}, model, given, real, b""))
@@ -156,7 +157,8 @@ def generation(rows: list[dict[str, Any]]) -> list[Finding]:
             f"{r['utf8_validity']:.1%} of the bytes at temperature {r['temperature']}, {text['utf8_validity']:.1%} of "
             "the text's belong to whole characters."
         ]
-        out.append(Finding("warning", "invalid_utf8", "Samples break UTF-8 characters", why, sampling=flags))
+        change = ["--valid-utf8 draws only bytes that go on with a character"]
+        out.append(Finding("warning", "invalid_utf8", "Samples break UTF-8 characters", why, change, sampling=flags))
     if hot["bpb"] > 1.3 * text["bpb"] + 0.2:
         why = [
             f"At temperature {hot['temperature']} the model gives its own text {hot['bpb']:.2f} bits a byte, held-out "
@@ -170,7 +172,7 @@ def generation(rows: list[dict[str, Any]]) -> list[Finding]:
             f"{r[key]:.0%} of {GRAMS}-grams at temperature {r['temperature']} were there before, {text[key]:.0%} in "
             f"the text; distinct-4 {r['distinct_4']:.2f} against {text['distinct_4']:.2f}, run {r['longest_run']}."
         ]
-        flags = flags | {"repetition_penalty": 1.1}
+        flags = flags | {"dry_multiplier": 0.8}  # a repetition penalty on bytes punishes "e" and the space
         everywhere = len(loops) == len(made)
         severity, title = ("warning", "Samples repeat themselves") if everywhere else ("note", "Cold samples repeat")
         out.append(Finding(severity, "repetition", title, why, sampling=flags))
