@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.cli.diagnose import diagnose
+from hnet.cli.generate import generate as generate_command
 from hnet.diagnose import generation as g
 from hnet.train.loop import Trainer
 from tests.train.conftest import tiny
@@ -91,7 +92,9 @@ def test_advice():
     assert found({}, {}, {}).keys() == {"samples"}
     loops = found({"repetition_8": 0.9}, {"repetition_8": 0.8}, {"repetition_8": 0.6})["repetition"]
     assert loops.severity == "warning"
-    assert loops.sampling == {"temperature": 1.0, "top_p": 0.9, "dry_multiplier": 0.8}
+    assert loops.sampling == {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
+    known = {o.name for o in generate_command.params}
+    assert loops.sampling.keys() <= known
     assert found({"repetition_8": 0.9}, {}, {})["repetition"].severity == "note"
     assert found({}, {}, {"bpb": 3.5})["hot_samples"].sampling["temperature"] < 1
     assert "invalid_utf8" in found({}, {}, {"utf8_validity": 0.9})
