@@ -45,7 +45,7 @@ def _sections(
     yield f"# Sweep {sweep.folder.name}"
     yield (
         f"{sweep.direction.capitalize()} `{sweep.objective}` at the {sweep.at} evaluation of every trial; sampler "
-        f"{sweep.sampler}, pruner {sweep.pruner}. Of {sweep.wanted} trials {count[TrialState.COMPLETE]} are complete, "
+        f"{sweep.sampler}, pruner {sweep.pruner}. Of {sweep.wanted} trials: {count[TrialState.COMPLETE]} complete, "
         f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed, {count[TrialState.RUNNING]} unfinished, "
         f"{max(sweep.wanted - len(trials), 0)} not begun. Each is a run directory, `trials/NUMBER/`."
     )

@@ -70,7 +70,7 @@ def test_values_and_the_best(make):
     assert best.plots  # the quiet of the trials is not the winner's
     text = (sweep.folder / "report.md").read_text()
     assert "**Best: trial 2**, objective 1, 1.0000 held-out bits per byte, 3.00 bytes a chunk" in text
-    assert "Of 6 trials 6 are complete, 0 pruned, 0 failed, 0 unfinished, 0 not begun" in text
+    assert "Of 6 trials: 6 complete, 0 pruned, 0 failed, 0 unfinished, 0 not begun" in text
 
 
 def test_at_the_best_evaluation_and_upwards(make):
