@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hnet_kernels as hk
@@ -15,6 +16,8 @@ from .cache import RouteCache, Rows, StageCache, allocate_stage, run_directly, u
 from .fork import fork
 from .isotropic import Isotropic
 from .pack import Pack
+
+ROUND = 32
 
 
 class RoutingModule(nn.Module):
@@ -72,6 +75,15 @@ class HNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.residual_proj(x.to(self.residual_proj.weight.dtype))
 
+    def _rows_inside(self, z: Tensor) -> int:
+        """Rows that the innermost network gets for chunks z (M, D): on a CPU up to ROUND - 1 of padding more. oneDNN,
+        which multiplies matrices there, compiles a kernel for every number of rows it has not met, for longer than it
+        takes to run, and every step has another number of chunks."""
+        rows = z.shape[0]
+        if not self.main_network.innermost or z.device.type != "cpu" or torch.compiler.is_compiling():
+            return rows
+        return -(-rows // ROUND) * ROUND
+
     def forward(
         self,
         x: Tensor,
@@ -96,9 +108,13 @@ class HNet(nn.Module):
             max_chunks=budget, padded=max_chunks is not None and self.stage > 0,
         )  # fmt: skip
         z = hk.pool(x, r)
-        inner = Pack(r.cu_chunks, z.shape[0], pack.max_seqlen, padded=budget is not None)
+        chunks = rows = z.shape[0]
+        if budget is None and cache is None:
+            rows = self._rows_inside(z)
+            z = F.pad(z, (0, 0, 0, rows - chunks)) if rows > chunks else z
+        inner = Pack(r.cu_chunks, rows, pack.max_seqlen, padded=budget is not None or rows > chunks)
         z, routings = self.main_network(z, inner, max_chunks, cache and cache.inner, slots)
-        y = hk.dechunk(z, r, residual)
+        y = hk.dechunk(z[:chunks] if rows > chunks else z, r, residual)
         if cache is not None and cache.route is not None and slots is not None:
             remember(cache.route, q, z, r, pack, slots)
             if self.boundaries == "char-end" and input_ids is not None:
