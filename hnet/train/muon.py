@@ -38,23 +38,33 @@ class Muon(torch.optim.Muon):
 
     def _step_together(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
         lr, keep = group["lr"], group["momentum"]
-        averages, updates = [], []
-        for p in parameters:
-            assert p.grad is not None  # as `step` has seen
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            grad = local_rows(p.grad)
-            averages.append(local_rows(state["momentum_buffer"]).lerp(grad, 1 - keep))
-            update = grad.lerp(averages[-1], keep) if group["nesterov"] else averages[-1]
-            updates.append(joined(update.bfloat16(), p))
-        directions = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        for p, average, direction in zip(parameters, averages, directions, strict=True):
-            mine, momentum = local_rows(p), local_rows(self.state[p]["momentum_buffer"])
-            step = rows_here(direction, p).to(p.dtype) * _adjust_lr(lr, group["adjust_lr_fn"], p.shape)
-            new = mine * (1 - lr * group["weight_decay"]) - step
-            mine.copy_(new if skip is None else torch.where(skip, mine, new))
-            momentum.copy_(average if skip is None else torch.where(skip, momentum, average))
+        grads = [local_rows(p.grad) for p in parameters]
+        momenta = [local_rows(self._momentum(p)) for p in parameters]
+        if skip is None:
+            torch._foreach_lerp_(momenta, grads, 1 - keep)
+        averages = momenta if skip is None else [m.lerp(g, 1 - keep) for m, g in zip(momenta, grads, strict=True)]
+        updates = torch._foreach_lerp(grads, averages, keep) if group["nesterov"] else averages
+        whole = [joined(u.bfloat16(), p) for u, p in zip(updates, parameters, strict=True)]
+        directions = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        mine = [local_rows(p) for p in parameters]
+        steps = [
+            rows_here(d, p).to(p.dtype) * _adjust_lr(lr, group["adjust_lr_fn"], p.shape)
+            for p, d in zip(parameters, directions, strict=True)
+        ]
+        if skip is None:
+            torch._foreach_mul_(mine, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(mine, steps)
+            return
+        for p, step, momentum, average in zip(mine, steps, momenta, averages, strict=True):
+            new = p * (1 - lr * group["weight_decay"]) - step
+            p.copy_(torch.where(skip, p, new))
+            momentum.copy_(torch.where(skip, momentum, average))
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
 
 
 def orthogonalize(

@@ -28,8 +28,10 @@ def sharded(model: nn.Module) -> bool:
 
 def local_rows(x: Any) -> Tensor:
     """The rows of x (R, ...) that are here (r, ...), sharing its memory."""
+    if not hasattr(x, "to_local"):
+        return x
     with torch.no_grad():
-        return x.to_local() if hasattr(x, "to_local") else x
+        return x.to_local()
 
 
 def all_rows(x: Any) -> Tensor:
