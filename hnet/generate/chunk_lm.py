@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hnet.chunk_lm.model import ChunkLM
-from hnet.errors import UserError
+from hnet.errors import RunFailed, UserError
 
 from .config import SamplingConfig
 from .engine import as_bytes
@@ -77,7 +77,7 @@ def _generate(model: ChunkLM, history: History, limit: int, stops: StopStrings, 
         for row in logits:  # what looks at the past sees the bytes of this very chunk
             (choice,) = sampler(row[None], [history])
             if choice.byte < 0:
-                raise RuntimeError(NOT_FINITE)
+                raise RunFailed(NOT_FINITE)
             history.append(choice.byte)
             piece, stopped = stops.push(choice.byte)
             shown += piece

@@ -82,6 +82,8 @@ class SamplingConfig:
             _whole(name, getattr(self, name), 1)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        if not isinstance(self.valid_utf8, bool):
+            raise UserError(f"valid_utf8 must be true or false, got {self.valid_utf8!r}")
         for byte, bias in self.logit_bias.items():
             _whole("a byte of logit_bias", byte, 0, 255)
             _in(f"logit_bias of byte {byte}", bias, -math.inf)

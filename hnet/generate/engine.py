@@ -20,9 +20,8 @@ from hnet.model.cache import HNetCache, upload
 from hnet.model.causal_lm import CausalLMOutput, HNetForCausalLM
 
 from .config import SamplingConfig
-from .request import Request, checked_seed
+from .request import Request, checked_options
 from .sampling import NOT_FINITE, Choice, Sampler
-from .stops import checked
 
 
 class Engine:
@@ -88,15 +87,13 @@ class Engine:
             ValueError: an option out of range; prompt and max_new_bytes are more than max_length.
         """
         data, config = as_bytes(prompt), config or SamplingConfig()
-        if not isinstance(max_new_bytes, int) or max_new_bytes < 0:
-            raise UserError(f"max_new_bytes must be >= 0, got {max_new_bytes}")
+        seed, stops = checked_options(config, max_new_bytes, seed, stop, stop_at_eos)
         if 1 + len(data) + max_new_bytes > self.max_length:
             raise UserError(
                 f"a prompt of {len(data)} bytes (and BOS) with max_new_bytes {max_new_bytes} does not fit max_length "
                 f"{self.max_length}"
             )
-        stops = checked(stop, config.valid_utf8)
-        request = Request(data, config, max_new_bytes, checked_seed(seed), stops, stop_at_eos)
+        request = Request(data, config, max_new_bytes, seed, stops, stop_at_eos)
         if request.finish is None:
             with self.lock:
                 self.waiting.append(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from hnet.errors import UserError
 from .config import SamplingConfig
 from .history import History
 from .sampling import Choice
-from .stops import StopStrings
+from .stops import StopStrings, checked
 
 SEEDS = 1 << 63  # seeds lie below
 
@@ -80,6 +81,22 @@ class Request:
             self.text += self.stops.flush()
             del self.logprobs[len(self.text) :]
             self.finish, self.error = finish, error
+
+
+def checked_options(
+    config: SamplingConfig, max_new_bytes: int, seed: int | None, stop: str | bytes | Sequence[str | bytes],
+    stop_at_eos: bool,
+) -> tuple[int, tuple[bytes, ...]]:  # fmt: skip
+    """The seed and the stop strings of a request.
+
+    Raises:
+        UserError: an option is not what it must be.
+    """
+    if not isinstance(max_new_bytes, int) or isinstance(max_new_bytes, bool) or max_new_bytes < 0:
+        raise UserError(f"max_new_bytes must be >= 0, got {max_new_bytes!r}")
+    if not isinstance(stop_at_eos, bool):
+        raise UserError(f"stop_at_eos must be true or false, got {stop_at_eos!r}")
+    return checked_seed(seed), checked(stop, config.valid_utf8)
 
 
 def checked_seed(seed: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hnet.errors import UserError
 
@@ -13,7 +14,7 @@ def checked(stop: str | bytes | Sequence[str | bytes], valid_utf8: bool = False)
     Raises:
         UserError: one is no text, empty, or, of a text that must be UTF-8, not UTF-8 itself.
     """
-    given = [stop] if isinstance(stop, str | bytes) else list(stop)
+    given: list[Any] = list(stop) if isinstance(stop, Sequence) and not isinstance(stop, str | bytes) else [stop]
     for s in given:
         if not isinstance(s, str | bytes) or not s:
             raise UserError(f"stop must be texts or bytes, none of them empty, got {s!r}")

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hnet.errors import UserError
+from hnet.errors import RunFailed, UserError
 from hnet.model.causal_lm import HNetForCausalLM
 
 from .config import SamplingConfig
@@ -59,7 +59,7 @@ def stream(
         new = {}
         for request in engine.step():
             if request.finish == "error":
-                raise RuntimeError(request.error)
+                raise RunFailed(request.error)
             if taken := request.take():
                 new[number[id(request)]] = taken
         for i in range(max(map(len, new.values()), default=0)):
