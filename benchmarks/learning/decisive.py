@@ -41,8 +41,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "surprisal": OFF | SCHEDULE | {"surprisal_weight": [0.1]},
     "both": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.1]},
     "both_firm": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.2]},
+    "held_soft": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.1], "surprisal_gain": 0.02},
     "held": SCHEDULE | {"surprisal_weight": [0.1], "entropy_weight": [0.2], "surprisal_gain": 0.02},
-}
+    "held_early": {
+        "surprisal_weight": [0.1], "surprisal_warmup": 0.1, "surprisal_gain": 0.05,
+        "entropy_weight": [0.3], "entropy_start": 0.2, "entropy_warmup": 0.2,
+    },
+}  # fmt: skip
 KINDS = ("whitespace", "word_start", "second_letter", "inside_word", "other")
 
 

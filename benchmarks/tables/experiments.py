@@ -62,8 +62,10 @@ def decisive_section(data: dict) -> str:
             f"{k.partition('_')[0]} {v[0]:g}" for k, v in rows[0]["settings"].items() if "weight" in k and any(v)
         ]
         cells = [f"{name}{'' if at == 'any' else ', ' + at}, {steps}", f"{target:g}"]
+        start = rows[0]["settings"].get("entropy_start", 0.3)
+        early = f" from {100 * start:g} %" if start != 0.3 else ""
         held = ", share held" if rows[0]["settings"].get("surprisal_gain") else ""
-        cells += [(" + ".join(weights) or arm) + held, str(len(rows))]
+        cells += [(" + ".join(weights) or arm) + early + held, str(len(rows))]
         cells += [f"{mean(values):.3f}{spread}", f"{mean(r['bytes_per_chunk'] for r in rows):.2f}"]
         cells += [f"{mean(r['F'] for r in rows):.3f} / {mean(r['G'] for r in rows):.3f}"]
         cells += [f"{min(r['p_on'] for r in rows):.2f} / {max(r['p_off'] for r in rows):.2f}"]
