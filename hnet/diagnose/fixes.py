@@ -81,7 +81,8 @@ def write_config(report: Report, accept: list[str] | None = None) -> str:
             refused.append(f"{f.name} asked for {', '.join(new)}: {e}")
             continue
         for k, v in new.items():
-            was = f"was {toml._value(values[k])}" if k in values else "was not set"
+            old = values.get(k, report.log.setting(k))
+            was = "was not set" if old is None else f"was {toml.dumps({'x': old})[4:].strip()}"
             whys[k] = [f"{f.name}: {f.title} ({was}).", f.evidence[0]]
             values[k] = v
     lines = [f"# What hnet diagnose changes in {report.log.path}, with the reason above each change."]

@@ -39,6 +39,7 @@ _KEYS = {
     "parameters": "parameters num_parameters n_params num_params total_params total_parameters params model_parameters "
     "parameter_count model_size n_parameters model_size_params",
 }  # fmt: skip
+_NOT_OURS = {"zero_grad_every", "temperature", "top_p", "repetition_penalty", "packing", "cu_seqlens", "parameters"}
 _OURS = {name: ours for ours, names in _KEYS.items() for name in names.split()}
 _PAIR = re.compile(
     r"([A-Za-z_][\w.]*(?:[ ][a-z_]+)?)['\"]?\s*[:=]\s*(\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\"|[^\s,;|)}]+)"
@@ -48,8 +49,8 @@ _SCALE = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
 def is_foreign(keys: dict[str, Any]) -> bool:
-    """Some key of these is another trainer's name for one of ours."""
-    return any(_OURS.get(_plain(k), k) != k for k in keys)
+    """Some key of these is another trainer's name for one of ours, or one that only others have."""
+    return any(_OURS.get(_plain(k), k) != k or k in _NOT_OURS for k in keys)
 
 
 def ours(values: dict[str, Any]) -> dict[str, Any]:
