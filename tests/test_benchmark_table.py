@@ -80,7 +80,8 @@ def test_replays_and_training_steps(results):
         "dtype": "bfloat16",
         "seconds": {"ours": 1e-3},
     }
-    results("some-gpu", [replay, step, decoding])
+    prefill = {**decoding, "op": "prefill", "B": 4, "length": 512, "seconds": {"ours": 1e-2}}
+    results("some-gpu", [replay, step, decoding, prefill])
     text = table.update(PLACE)
     assert cells_of(text, "route") == [["route, dropping half", "65536", "1024", "forward", "100", "90 %", "", "90"]]
     assert cells_of(text, "laptop") == [
@@ -89,6 +90,7 @@ def test_replays_and_training_steps(results):
         ["laptop", "8192", "compiled", "left out: it broke", "", "", "", "", ""],
     ]
     assert "Decoding 32 sequences with laptop, bfloat16: ours 32000 bytes/s." in text
+    assert "Prefill, 4 x 512 bytes, with laptop, bfloat16: ours 204800 bytes/s." in text
 
 
 def test_predictions_stand_beside_what_was_measured(results, tmp_path):
