@@ -115,7 +115,8 @@ def test_cancelled_requests_leave_and_others_do_not_notice(model):
 def poisoned():
     """A model for which byte 7 is no number."""
     torch.manual_seed(0)
-    m = HNetForCausalLM(HNetConfig.preset("tiny")).eval()
+    config = HNetConfig.from_dict(HNetConfig.preset("tiny").to_dict() | {"arch_layout": ["t1", ["T1"], "c1"]})
+    m = HNetForCausalLM(config).eval()  # its outermost attention keeps every byte
     with torch.no_grad():
         m.embeddings.weight[7] = float("nan")
     return m
