@@ -16,9 +16,9 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--min-p", {"default": 0.0, "help": "Bytes at least so probable, relative to the most probable."}),
     (
         "--repetition-penalty",
-        {"default": 1.0, "help": "Against the last bytes, of which --repetition-window are seen."},
+        {"default": 1.0, "help": "Divides logits > 0 of the last bytes, multiplies others."},
     ),
-    ("--repetition-window", {"default": 64}),
+    ("--repetition-window", {"default": 64, "help": "How many of the last bytes."}),
     ("--presence-penalty", {"default": 0.0, "help": "Off the logit of every byte generated before."}),
     ("--frequency-penalty", {"default": 0.0, "help": "The same for each time."}),
     ("--no-repeat-ngram", {"default": 0, "help": "No n bytes come twice, those of the prompt neither; 0: they may."}),

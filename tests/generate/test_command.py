@@ -1,6 +1,7 @@
 """`hnet generate`: files of prompts, by turns, chunks on the screen, mistakes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from hnet.segment.render import show
 from ..model.test_decode_graphs import decided
 
 
-def run(*args, stdin=""):
-    return CliRunner().invoke(main, ["generate", *(str(a) for a in args)], input=stdin)
+def run(*args, stdin="", **env):
+    return CliRunner().invoke(main, ["generate", *(str(a) for a in args)], input=stdin, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,14 @@ def test_chunks_while_they_are_made(place, model):
         seen, pending = seen + show(pending), b""
     assert r.stdout[:-1] == seen + show(pending)
     assert 5 < len(bars) < 30
+    painted = run(*args, "--show-chunks", FORCE_COLOR="1", TERM="xterm-256color", NO_COLOR="").stdout
+    runs = [(m[1], m[2]) for m in re.finditer(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m", painted)]
+    colours, same = [], None
+    for colour, piece in runs:
+        if colour != same:
+            colours.append("")
+        same, colours[-1] = colour, colours[-1] + piece
+    assert [c for c in colours if c] == [c for c in (seen + show(pending)).replace("\n", "").split("|") if c]
 
 
 def test_by_turns(place, model):
