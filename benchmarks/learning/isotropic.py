@@ -4,7 +4,8 @@ Width 128, blocks c c t c t (c: gated convolution of 6 taps, no FFN; t: attentio
 with squared ReLU), rotary positions, RMSNorm without weights, queries and keys normed too, output projections and head
 zero at the start. Muon (0.02) for the matrices, AdamW (0.006) for the rest, 16 sequences of 128 bytes a step, a flat
 rate for 30 % of the run and then linearly down. It uses what the H-Net uses: `hnet_kernels`' fused layers, the
-trainer's Muon, bf16 where the processor has it, and, as `isotropic+ngrams`, the recipe's embeddings of n-grams.
+trainer's Muon, bf16 where the processor has it, and, as `isotropic+ngrams`, the recipe's embeddings of n-grams, of which
+a step updates the rows it read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from hnet.model.ngrams import NgramEmbeddings
 from hnet.model.pack import Pack
 from hnet.train.config import TrainConfig
 from hnet.train.muon import Muon
+from hnet.train.optim import AdamW
+from hnet.train.table_adamw import TableAdamW
 
 TAPS, HEAD, EPS = 6, 32, 1e-6
 
@@ -103,10 +106,11 @@ class Learner:
         matrices = [m.weight for m in self.model.branches.modules() if isinstance(m, nn.Linear)]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in chosen]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=self.peak, weight_decay=0.01),
-            torch.optim.AdamW(rest, lr=0.3 * self.peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-        ]
+        adam = AdamW(rest, lr=0.3 * self.peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        if self.model.ngrams is not None:
+            table = adam.table = TableAdamW(self.model.ngrams.weight, adam)
+            self.model.ngrams.before_reading = table.bring_up
+        self.optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr=self.peak, weight_decay=0.01), adam]
         self.dtype = pick_autocast("auto", torch.device("cpu"))
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes_per_step = self.batch * self.context
