@@ -14,6 +14,7 @@ from .keys import from_json
 
 MIXERS = "mMtTcC"  # Mamba-2, attention, gated convolution; a capital is followed by a SwiGLU
 MAMBA_HEADDIM = 64
+HF_MODEL_TYPE = "hnet"  # in the config.json that transformers writes
 BOS, EOS = 254, 255  # bytes that valid UTF-8 never holds
 PRESET_DIR = Path(__file__).parent / "presets"
 
@@ -129,7 +130,7 @@ class HNetConfig:
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> HNetConfig:
-        """A config from the published dictionary form.
+        """A config from the published dictionary form, or that of `hnet.hf`, whose other keys are left aside.
 
         Raises:
             ValueError: an unknown or missing key, a layout that does not parse, lists of the wrong length.
@@ -137,6 +138,8 @@ class HNetConfig:
         if not isinstance(d, dict):
             raise UserError(f"config must be a JSON object, got {type(d).__name__}")
         d = dict(d)
+        if d.get("model_type") == HF_MODEL_TYPE:
+            d = {k: v for k, v in d.items() if k in HNetConfig.__dataclass_fields__ and v is not None}
         parts = {
             "ssm_cfg": SSMConfig, "attn_cfg": AttnConfig, "conv_cfg": ConvConfig, "routing_cfg": RoutingConfig,
             "ngram_cfg": NgramConfig,

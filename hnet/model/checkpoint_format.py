@@ -6,6 +6,7 @@ files carry next to their tensors, become inert placeholders.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,8 @@ from hnet.config import HNetConfig
 from hnet.errors import MissingPath, UserError, user_path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SHARDS = WEIGHTS + ".index.json"  # of a folder that transformers wrote: which file has which tensor
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(?<!\.pt)(?<!\.json)(?<!\.safetensors)"  # "owner/name"; names have dots too
 
 
 def save_pretrained(model: Any, directory: str | Path, state: dict[str, Tensor] | None = None) -> None:
@@ -41,6 +44,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pt file, by name."""
     with user_path(path), path.open("rb"):  # what readers say of a file that cannot be opened is worth little
         pass
+    if path.name == SHARDS:
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -59,6 +64,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors")
     return {str(k).removeprefix("module."): v.detach() for k, v in state.items()}
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        if not all(Path(f).name == f for f in files):
+            raise ValueError("a name of a file leads elsewhere")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index} is not an index of safetensors files: {e}") from None
+    return {k: v for f in sorted(files) for k, v in read_weights(index.with_name(f)).items()}
 
 
 def load_state(model: Any, state: dict[str, Tensor], where: str) -> None:
@@ -89,13 +104,14 @@ def find_weights(path_or_repo: str | Path) -> Path:
     path = Path(path_or_repo)
     with user_path(path):
         if not path.exists():
-            if not re.fullmatch(r"\w[\w.-]*/\w[\w-]*", str(path_or_repo)):
+            if not re.fullmatch(REPOSITORY, str(path_or_repo)):
                 raise MissingPath(f"{path} does not exist")
             path = _download(str(path_or_repo))
         if path.is_file():
             return path
-        if (path / WEIGHTS).is_file():
-            return path / WEIGHTS
+        for name in (WEIGHTS, SHARDS):
+            if (path / name).is_file():
+                return path / name
         pickles = sorted([*path.glob("*.safetensors"), *path.glob("*.pt")])
     if len(pickles) != 1:
         raise MissingPath(f"{path} must hold {WEIGHTS} or exactly one .pt file, found {len(pickles)}")

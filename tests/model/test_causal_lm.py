@@ -1,8 +1,10 @@
+import json
 import sys
 import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.model.checkpoint_format import read_weights
@@ -167,6 +169,24 @@ def test_save_and_load(model, tmp_path):
         HNetForCausalLM.from_pretrained(tmp_path / "m" / "model.safetensors", dtype=torch.bfloat16).lm_head.weight.dtype
         == torch.bfloat16
     )
+
+
+def test_shards_are_read_and_lead_nowhere_else(model, tmp_path):
+    state = dict(model.state_dict())
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({k: v for k, v in state.items() if files[k] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    model.config.to_json(tmp_path / "config.json")
+    assert same(model, HNetForCausalLM.from_pretrained(tmp_path))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00002.safetensors"):
+        HNetForCausalLM.from_pretrained(tmp_path)
+    for wrong in ("[]", "{", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x.safetensors"}}'):
+        index.write_text(wrong)
+        with pytest.raises(ValueError, match=r"index.json is not an index of safetensors files"):
+            HNetForCausalLM.from_pretrained(tmp_path)
 
 
 def test_tied_embeddings_round_trip(tmp_path):
