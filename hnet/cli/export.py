@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
+from hnet.chunk_lm import ChunkLM
 from hnet.disk import full_disk
-from hnet.errors import PathError, UserError, user_path
+from hnet.errors import PathError, RunFailed, UserError, user_path
+from hnet.model.causal_lm import HNetForCausalLM
 
 from .models import checkpoint_of, load, load_average
 
@@ -20,10 +23,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--ema", is_flag=True, help="The average of the weights that weight_ema keeps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-def export(model: str, out: Path, ema: bool, dtype: str) -> None:
-    """Write MODEL (a run directory, a checkpoint, a weights file) to OUT: config.json and model.safetensors.
+@click.option(
+    "--format", "form", type=click.Choice(["hnet", "hf"]), default="hnet", show_default=True,
+    help="hf: for Hugging Face transformers, with its tokenizer; needs the extra hf. (H-Nets)",
+)  # fmt: skip
+def export(model: str, out: Path, ema: bool, dtype: str, form: str) -> None:
+    """Write MODEL (a run directory, a checkpoint, a weights file, a folder of either format) to OUT: config.json and
+    model.safetensors.
 
-    `from_pretrained(OUT)` and every command read it. Residual projections of an H-Net stay fp32.
+    `from_pretrained(OUT)` and every command read it. Residual projections of an H-Net stay fp32. What was written is
+    read again and must give the same logits.
     """
     with user_path(out):
         if out.exists() and any(out.iterdir()):
@@ -37,10 +46,44 @@ def export(model: str, out: Path, ema: bool, dtype: str) -> None:
     with user_path(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
     try:
-        lm.save_pretrained(out)
+        save(lm, out, form)
     except Exception as e:
         if not full_disk(e):
             raise
         raise PathError(f"cannot write {out}: no space left") from e
+    verify(lm, out, form)
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"wrote {out}: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
+
+
+def save(lm: HNetForCausalLM | ChunkLM, out: Path, form: str) -> None:
+    if form == "hnet":
+        return lm.save_pretrained(out)
+    if isinstance(lm, ChunkLM):
+        raise UserError("format must be hnet for a ChunkLM, which transformers does not know")
+    from hnet import hf
+
+    hf.HNetForCausalLM.from_native(lm).save_pretrained(out)
+    hf.HNetTokenizer().save_pretrained(out)
+
+
+@torch.no_grad()
+def verify(lm: HNetForCausalLM | ChunkLM, out: Path, form: str) -> None:
+    """
+    Raises:
+        RuntimeError: the model in `out` computes something else, be it in one bit.
+    """
+    if isinstance(lm, ChunkLM):
+        return
+    again: Any
+    if form == "hf":
+        from transformers import AutoModelForCausalLM
+
+        again = AutoModelForCausalLM.from_pretrained(out)
+    else:
+        again = HNetForCausalLM.from_pretrained(out, dtype=lm.embeddings.weight.dtype).eval()
+    again._apply(torch.clone)  # a tensor may lie in its file where matrix products add up in another order
+    ids = torch.arange(256)[None] % lm.config.vocab_size
+    pairs = [(lm(ids).logits, again(ids).logits), *((x, again.state_dict()[k]) for k, x in lm.state_dict().items())]
+    if not all(a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+        raise RunFailed(f"{out} does not hold the model that was to be written: do not use it, and report this")

@@ -1,0 +1,54 @@
+"""hnet's cache in the place where transformers keeps keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from hnet.errors import UserError
+from hnet.model.cache import HNetCache as Slots
+from hnet.model.causal_lm import HNetForCausalLM
+
+
+class HNetCache(Cache):
+    """State of a batch in `generate()`: one slot a row, filled by the first call, then a byte a row.
+
+    Rows cannot be taken back, reordered or repeated: what a byte changed in the recurrent states of several stages is
+    not kept. So beam search and assisted generation need use_cache=False.
+
+    Args:
+        max_length: bytes that a row may have.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(layers=[])
+        self.max_length = max_length
+        self.slots: Slots | None = None
+        self.columns = 0  # of input_ids, padding too, that were seen
+
+    def fill(self, model: HNetForCausalLM, ids: Tensor, cu_seqlens: Tensor) -> Any:
+        """Prompts end to end; what `prefill` returns."""
+        self.slots = model.allocate_cache(cu_seqlens.shape[0] - 1, self.max_length)
+        return model.prefill(ids, cu_seqlens, self.slots)
+
+    def feed(self, model: HNetForCausalLM, input_ids: Tensor) -> Tensor:
+        """(B, n) more bytes -> logits (B, n, vocab)"""
+        slots = self.slots
+        if slots is None or slots.size != input_ids.shape[0]:
+            raise UserError(f"past_key_values holds {slots and slots.size} rows, input_ids has {input_ids.shape[0]}")
+        return torch.stack([model.step(column, slots)[0] for column in input_ids.unbind(1)], 1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError("an H-Net's cache cannot take back, reorder or repeat rows: generate with use_cache=False")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
