@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import SamplingConfig
 from .history import History, allowed_table
 
+COLD = 1e-30  # a temperature below it would be 0 in fp32
 NOT_FINITE = "the model's logits are not finite: there is nothing to sample"
 
 
@@ -67,10 +68,10 @@ class Sampler:
             free = allowed & ~banned
             allowed = torch.where(free.any(-1, keepdim=True), free, allowed)
         x = x.masked_fill(~allowed, -torch.inf)
-        finite = (highest + x.amax(-1)).isfinite()
-        chosen = x.argmax(-1)
+        best, chosen = x.max(-1, keepdim=True)
+        finite, chosen = (highest + best[:, 0]).isfinite(), chosen[:, 0]
         if "temperature" in self.settings:
-            probs = torch.softmax(x / self.settings["temperature"], -1)
+            probs = torch.softmax((x - best) / self.settings["temperature"], -1)  # low ones would overflow without
             if "top_p" in self.settings:
                 probs = truncate(probs, self.settings["top_k"], self.settings["top_p"], self.settings["min_p"])
             noise = self._bytes(rows, History.fill_noise, lambda c: c.temperature > 0, np.float64)
@@ -89,7 +90,9 @@ class Sampler:
         if any(c.repetition_penalty > 1 for c in configs):
             self.settings["repetition_penalty"] = column([c.repetition_penalty for c in configs], np.float32)
         if any(c.temperature for c in configs):
-            self.settings["temperature"] = column([c.temperature or 1 for c in configs], np.float32)
+            self.settings["temperature"] = column(
+                [max(c.temperature, COLD) if c.temperature else 1 for c in configs], np.float32
+            )
             self.settings["greedy"] = column([c.temperature == 0 for c in configs], np.bool_)[:, 0]
             if any(c.top_k or c.top_p < 1 or c.min_p for c in configs):
                 self.settings["top_k"] = column([min(c.top_k or self.vocab, self.vocab) for c in configs], np.int64)

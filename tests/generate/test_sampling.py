@@ -135,6 +135,14 @@ def test_a_ban_that_leaves_nothing_is_lifted_but_not_that_of_broken_characters()
     assert byte == 0x80
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-38, 1e-30, 1e-3])
+def test_almost_no_temperature_is_greedy(temperature):
+    logits = logits_of(0, 50) * 100
+    rows = [History(b"", SamplingConfig(temperature=temperature), seed=n) for n in range(50)]
+    best = logits.index_fill(1, torch.tensor([254]), -1e9).argmax(-1)
+    assert torch.equal(Sampler(256, logits.device).sample(logits, rows), best)
+
+
 def test_log_probabilities_are_those_of_the_model():
     logits = logits_of(0, 3)
     configs = [
@@ -167,6 +175,7 @@ def test_rows_that_are_no_numbers_are_told_apart(config, lost):
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature must be >= 0, got -1"),
+        ({"temperature": 10**400}, "temperature must be >= 0, got 1000"),
         ({"temperature": float("nan")}, "temperature must be >= 0, got nan"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
@@ -175,14 +184,14 @@ def test_rows_that_are_no_numbers_are_told_apart(config, lost):
         ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
         ({"repetition_penalty": 0.5}, "repetition_penalty must be >= 1"),
         ({"repetition_window": -1}, "repetition_window must be >= 0"),
-        ({"presence_penalty": float("inf")}, "presence_penalty must be a finite number"),
+        ({"presence_penalty": float("inf")}, r"presence_penalty must be in \[-1e\+09, 1e\+09\], got inf"),
         ({"no_repeat_ngram": -3}, "no_repeat_ngram must be >= 0"),
         ({"dry_multiplier": -1}, "dry_multiplier must be >= 0"),
         ({"dry_base": 0.9}, "dry_base must be >= 1"),
         ({"dry_allowed": 0}, "dry_allowed must be >= 1"),
         ({"logprobs": 257}, r"logprobs must be in \[0, 256\]"),
         ({"logit_bias": {256: 1.0}}, r"a byte of logit_bias must be in \[0, 255\], got 256"),
-        ({"logit_bias": {65: float("nan")}}, "logit_bias of byte 65 must be a finite number, got nan"),
+        ({"logit_bias": {65: float("nan")}}, r"logit_bias of byte 65 must be in \[-1e\+09, 1e\+09\], got nan"),
     ],
 )
 def test_bad_settings(options, message):
