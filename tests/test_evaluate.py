@@ -16,6 +16,7 @@ from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli.evaluate import evaluate
 from hnet.data.corpus import Corpus
 from hnet.data.packing import eval_batches
+from hnet.data.perturb import PERTURBATIONS, perturb
 from hnet.train.config import TrainConfig
 from hnet.train.evaluation import evaluate_hnet
 from hnet.train.loop import Trainer
@@ -130,6 +131,27 @@ def test_flips_between_two_models(hnet_run, tmp_path):
     positions, sequences = len(batch.input_ids), len(batch.cu_seqlens) - 1
     assert turned["flips"][0] == (positions - sequences) / positions
     assert f"of its boundaries are others than in {tmp_path}" in run(out, HELD_OUT, "--since", tmp_path)
+
+
+def test_robustness(hnet_run, chunk_lm_run, tmp_path):
+    """Each row is what `hnet eval` says of a file with the changed text."""
+    for out in (hnet_run[0], chunk_lm_run[0]):
+        text = HELD_OUT.read_bytes()[:600]
+        (tmp_path / "plain").write_bytes(text)
+        rows = json.loads(run(out, tmp_path / "plain", "--robustness", "--json"))["robustness"]
+        assert [row["text"] for row in rows] == ["as it is", *PERTURBATIONS]
+        for row in rows:
+            new = text
+            if row["text"] in PERTURBATIONS:
+                new = perturb(Corpus.of([text]), row["text"]).buffer.tobytes()
+            (tmp_path / "changed").write_bytes(new)
+            alone = json.loads(run(out, tmp_path / "changed", "--json"))
+            assert row["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-9)
+            assert row["bytes"] == alone["bytes"]
+            assert row["bits_per_original_byte"] == pytest.approx(row["bits_per_byte"] * len(new) / 600, rel=1e-9)
+    text = run(hnet_run[0], HELD_OUT, "--robustness", "--bytes", 100)
+    assert "\n  as it is     100 " in text
+    assert len({line for line in text.splitlines() if line.startswith(tuple(f"  {p}" for p in PERTURBATIONS))}) == 5
 
 
 def test_limit(hnet_run):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hnet.chunk_lm.evaluation import evaluate_chunk_lm
 from hnet.config.keys import read_json
 from hnet.data.corpus import Corpus
 from hnet.data.files import DOCUMENTS, read_corpus
+from hnet.data.perturb import PERTURBATIONS, beginning, perturb
 from hnet.data.streaming import DocumentStream
 from hnet.device import pick_autocast, pick_device
 from hnet.errors import UserError
@@ -49,13 +52,17 @@ SEQ_LEN = 8192  # of the published models, where no run says otherwise
     "--since", type=click.Path(), metavar="MODEL",
     help="Also say how many boundaries are others than this model's, perhaps an earlier checkpoint's. (H-Nets)",
 )  # fmt: skip
+@click.option(
+    "--robustness", is_flag=True,
+    help="Also bits per byte of the text in upper and random case, spaced out, with dropped and repeated characters.",
+)  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     model: str, files: tuple[str, ...], limit: int | None, pattern: str, documents: str | None, text_key: str | None,
-    seq_len: int | None, stride: int | None, batch_bytes: int, ema: bool, since: str | None, device: str, dtype: str,
-    as_json: bool,
+    seq_len: int | None, stride: int | None, batch_bytes: int, ema: bool, since: str | None, robustness: bool,
+    device: str, dtype: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Bits per byte, chunks and how decided routers are, for MODEL on files, folders, or one hf: stream (with --bytes).
 
@@ -81,28 +88,44 @@ def evaluate(
     def autocast() -> AbstractContextManager:
         return nullcontext() if low is None else torch.autocast(where.type, dtype=low)
 
-    if isinstance(lm, ChunkLM):
-        if since is not None:
+    known = lm.config.seq_len if isinstance(lm, ChunkLM) else trained.get("seq_len", SEQ_LEN)
+    seq_len = known if seq_len is None else seq_len
+
+    def score_of(model: HNetForCausalLM | ChunkLM, corpus: Corpus, limit: int | None, see: Any = None) -> Score:
+        if isinstance(model, ChunkLM):
+            how: dict[str, Any] = {"batch_size": max(batch_bytes // max(seq_len, 1), 1)}
+            return evaluate_chunk_lm(model, corpus, autocast, seq_len=seq_len, max_bytes=limit, stride=stride, **how)
+        how = {"batch_bytes": batch_bytes, "see": see}
+        return evaluate_hnet(model, corpus, autocast, seq_len=seq_len, max_bytes=limit, stride=stride, **how)
+
+    flips = None
+    if since is not None:
+        if isinstance(lm, ChunkLM):
             raise UserError("since must be left out for a ChunkLM: it has no boundaries")
-        seq_len = lm.config.seq_len if seq_len is None else seq_len
-        size = max(batch_bytes // max(seq_len, 1), 1)
-        score = evaluate_chunk_lm(
-            lm, corpus, autocast, seq_len=seq_len, batch_size=size, max_bytes=limit, stride=stride
-        )
-    else:
-        seq_len = trained.get("seq_len", SEQ_LEN) if seq_len is None else seq_len
-        how: dict[str, Any] = {"seq_len": seq_len, "batch_bytes": batch_bytes, "max_bytes": limit, "stride": stride}
-        if since is not None:
-            flips = Flips()
-            evaluate_hnet(load_earlier(since, lm, where), corpus, autocast, **how, see=flips.see)
-            flips.compare()
-            how["see"] = flips.see
-        score = evaluate_hnet(lm, corpus, autocast, **how)
+        flips = Flips()
+        score_of(load_earlier(since, lm, where), corpus, limit, flips.see)
+        flips.compare()
+    score = score_of(lm, corpus, limit, flips and flips.see)
     about = {"model": path, "ema": ema, "documents": len(corpus), "seq_len": seq_len, "stride": stride}
     result = about | rates(lm, score)
-    if since is not None:
+    if flips is not None:
         result |= {"since": since, "flips": flips.compare() or []}
+    if robustness:
+        result["robustness"] = perturbed(partial(score_of, lm), beginning(corpus, limit))
     click.echo(json.dumps(result) if as_json else report(result))
+
+
+def perturbed(score: Callable[[Corpus, None], Score], corpus: Corpus) -> list[dict[str, Any]]:
+    """A row for the text as it is and for every way to change it."""
+    rows = []
+    for how in ("as it is", *PERTURBATIONS):
+        text = perturb(corpus, how) if how in PERTURBATIONS else corpus
+        found = score(text, None)
+        per_byte = found.bpb * text.num_bytes / corpus.num_bytes
+        rows.append(
+            {"text": how, "bytes": found.num_bytes, "bits_per_byte": found.bpb, "bits_per_original_byte": per_byte}
+        )
+    return rows
 
 
 # --- what is evaluated --------------------------------------------------------------------------------------------
@@ -181,4 +204,9 @@ def report(r: dict[str, Any]) -> str:
         lines.append(f"  router       p {on} on boundaries, {off} elsewhere, {near}; G - F {gap}")
         if "flips" in r:
             lines.append(f"  flips        {r['flips'][i]:.1%} of its boundaries are others than in {r['since']}")
+    if "robustness" in r:
+        lines.append("robustness     bytes        bits a byte  a byte of the text as it is")
+    for row in r.get("robustness", []):
+        sizes = f"{row['bits_per_byte']:<12.4f} {row['bits_per_original_byte']:.4f}"
+        lines.append(f"  {row['text']:<12} {row['bytes']:<12,} {sizes}")
     return "\n".join(lines)
