@@ -15,6 +15,7 @@ from hnet.chunk_lm.train_config import ChunkLMTrainConfig
 from hnet.cli import main
 from hnet.cli.models import load
 from hnet.cli.train import configuration
+from hnet.config.keys import read_toml
 from hnet.errors import PathTaken, UserError
 from hnet.metrics_log import read_metrics
 from hnet.train.config import TrainConfig
@@ -191,6 +192,27 @@ def test_an_hnet_resumes_under_either_name(tmp_path):
     assert steps(tmp_path / "run") == [1, 2, 3, 4]
     r = run("train-chunk-lm", "--resume", "--out", tmp_path / "run", "--width", 32)
     assert "is of an H-Net, which has no width; hnet train shows the keys it has" in r.stderr
+
+
+def test_fine_tuning(models, tmp_path):
+    c = tiny(tmp_path / "run")
+    c.steps, c.preset = 2, ""
+    (tmp_path / "c.toml").write_text(c.to_toml())
+    r = run("train", tmp_path / "c.toml", "--init-from", models / "hnet", "--freeze", "encoder,stage0.router")
+    assert r.exit_code == 0, r.output
+    assert "parameters stay as they are" in r.output and "starts from the weights" in r.output
+    r = run("train", "--resume", "--out", tmp_path / "run", "--steps", 3)
+    assert r.exit_code == 0, r.output
+    assert read_toml(tmp_path / "run" / "config.toml", TrainConfig)["freeze"] == ["encoder", "stage0.router"]
+
+
+@pytest.mark.parametrize("command", ["train", "train-chunk-lm"])
+@pytest.mark.parametrize("key", ["init_from", "freeze"])
+def test_a_chunk_lm_says_that_it_cannot_be_fine_tuned(tmp_path, command, key):
+    (tmp_path / "c.toml").write_text(f'data = ["x"]\nwidth = 16\n{key} = "y"\n')
+    r = run(command, tmp_path / "c.toml")
+    assert r.exit_code == 1
+    assert f"is of a ChunkLM, which has no {key}" in r.stderr
 
 
 @pytest.mark.parametrize("auto", [True, False])

@@ -53,6 +53,9 @@ class ChunkLMTask:
         self.losses: list[float] = []  # of this epoch, as far as printed
         self.unprinted: list[float] = []  # since the last line
 
+    def begin(self) -> list[Event]:
+        return []
+
     def prepare(self, step: int) -> None:
         pass
 

@@ -18,6 +18,7 @@ from .options import ManyValues, config_options, given
 NAMES: dict[type[RunConfig], tuple[str, str]] = {
     TrainConfig: ("an H-Net", "hnet train"), ChunkLMTrainConfig: ("a ChunkLM", "hnet train-chunk-lm"),
 }  # fmt: skip
+HNETS_ALONE = {"init_from", "freeze"}  # no mark of an H-Net's file: somebody may look for them in a ChunkLM's run
 resume_option = click.option(
     "--resume", is_flag=False, flag_value="latest", metavar="[auto|latest|CHECKPOINT]",
     help="Go on from the latest checkpoint of --out, or from the one named; auto: if there is one, else start. Without "
@@ -94,13 +95,12 @@ def _run_of(default: type[RunConfig], resume: str | None, flags: dict[str, Any])
 def read(path: str, default: type[RunConfig], flags: dict[str, Any]) -> RunConfig:
     """The configuration in a file, of either model, with `flags` instead of its keys."""
     cls = kind_of(Path(path), default)
-    values = read_toml(path, cls)
     known = {f.name for f in fields(cls)}
-    for name in flags:
+    for name in [*flags, *sorted(HNETS_ALONE & parse_toml(Path(path)).keys())]:
         if name not in known:
             model, command = NAMES[cls]
             raise UserError(f"{path} is of {model}, which has no {name}; {command} shows the keys it has")
-    return build(cls, override(values, flags))
+    return build(cls, override(read_toml(path, cls), flags))
 
 
 def build(cls: type[RunConfig], values: dict[str, Any]) -> RunConfig:
@@ -118,5 +118,5 @@ def kind_of(path: Path, default: type[RunConfig]) -> type[RunConfig]:
     found = parse_toml(path).keys()
     names = {cls: {f.name for f in fields(cls)} for cls in NAMES}
     common = set.intersection(*names.values())
-    own = [cls for cls in NAMES if found & (names[cls] - common)]
+    own = [cls for cls in NAMES if found & (names[cls] - common - HNETS_ALONE)]
     return own[0] if len(own) == 1 else default

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import re
 from functools import lru_cache
+from pathlib import Path
 
 from hnet.config import HNetConfig
 from hnet.config.architecture import from_shorthand
 from hnet.errors import UserError
 from hnet.model.parameters import count_parameters
+from hnet.train.init_from import architecture
 
 from . import foreign
 from .findings import Finding
@@ -30,7 +32,13 @@ def model_of(log: Log) -> HNetConfig | None:
         if arch := log.setting("arch"):
             return from_shorthand(str(arch), widths_of(log), heads=log.setting("heads") or [])
         given = [log.setting(k) for k in ("preset", "model", "model_name", "name")]
-        return next((HNetConfig.preset(g) for g in given if isinstance(g, str) and g in names), None)
+        for name in given:
+            if isinstance(name, str) and name in names:
+                return HNetConfig.preset(name)
+        start = str(log.setting("init_from", default=""))
+        if start and Path(start).exists():  # a repository is not fetched for this
+            return architecture(start, Path(str(log.setting("out", default=""))), None)
+        return None
     except (UserError, ValueError, TypeError, KeyError, AttributeError):  # another trainer's keys may be anything
         return None
 

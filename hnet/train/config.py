@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from hnet.config import BOUNDARIES, HNetConfig, NgramConfig
 from hnet.config.architecture import from_shorthand, targets
 from hnet.config.keys import key
 from hnet.config.run import RunConfig
+
+from .init_from import agree, architecture
 
 
 @dataclass
@@ -16,7 +19,7 @@ class TrainConfig(RunConfig):
     """An H-Net's run."""
 
     # model
-    preset: str = key("small", "architecture by name; `hnet info` lists them")
+    preset: str = key("", "architecture by name; `hnet info` lists them; default: small, or that of init_from")
     model_config: str = key("", "architecture from a JSON file of the published format, instead of a preset")
     arch: str = key("", "architecture as one layout a stage, outermost first: 'm4 T4', 'm4 T1m4 T26', 'c2/c1T1 T2'")
     d_model: list[int] = key([], "with arch: width of every stage, growing inwards")
@@ -34,6 +37,19 @@ class TrainConfig(RunConfig):
         high=0.9,
     )
     ngram_rows: int = key(0, "rows of the table that the ngrams of a size are hashed into; default: 8192", low=0)
+    # start
+    init_from: str = key(
+        "",
+        "start from these weights, and with their architecture: a run or a checkpoint (of which the average, if it has "
+        "one), a model directory, a .safetensors or .pt file, a Hugging Face repository; steps, optimiser and schedule "
+        "begin anew",
+    )
+    freeze: list[str] = key(
+        [],
+        "parameters that stay as they are: embeddings, ngrams, lm_head, encoder, router, residual, decoder, pad, inner "
+        "(the innermost network), of all stages, or stage0, stage0.router, or as in the model, with *: "
+        "backbone.encoder.layers.0",
+    )
     # compression
     compression: list[float] = key(
         [4.0],
@@ -138,22 +154,33 @@ class TrainConfig(RunConfig):
         "width ratio); default 1 for all",
     )
 
-    def model(self) -> HNetConfig:
+    def _named_model(self) -> HNetConfig | None:
+        """The architecture that the keys name."""
         if self.arch:
-            config = from_shorthand(
+            return from_shorthand(
                 self.arch, self.d_model, heads=self.heads, windows=self.windows, d_intermediate=self.d_intermediate
             )
-        elif self.model_config:
-            config = HNetConfig.from_json(self.model_config)
-        else:
-            config = HNetConfig.preset(self.preset)
+        if self.model_config:
+            return HNetConfig.from_json(self.model_config)
+        return HNetConfig.preset(self.preset) if self.preset else None
+
+    def model(self) -> HNetConfig:
+        """
+        Raises:
+            ValueError: no architecture, or another than that of init_from.
+            FileNotFoundError: model_config or init_from does not exist.
+        """
+        named = self._named_model()
+        found = architecture(self.init_from, Path(self.out), named) if self.init_from else None
+        config = named or found or HNetConfig.preset("small")
         if self.ngrams or self.ngram_rows:
             g = config.ngram_cfg
             own = NgramConfig(self.ngrams or g.sizes, self.ngram_rows or g.rows)
             config = dataclasses.replace(config, ngram_cfg=own)
         if self.boundaries != "any":
-            config.routing_cfg.boundaries = self.boundaries
-        return config
+            routing = dataclasses.replace(config.routing_cfg, boundaries=self.boundaries)
+            config = dataclasses.replace(config, routing_cfg=routing)
+        return config if found is None else agree(config, found, self.init_from)
 
     def validate(self) -> TrainConfig:
         """Returns self, with compression as one target a stage. How many steps `epochs` are takes the data: see
@@ -161,9 +188,11 @@ class TrainConfig(RunConfig):
 
         Raises:
             ValueError: a value out of range, naming the key, what it is and what it may be.
-            FileNotFoundError: model_config does not exist.
+            FileNotFoundError: model_config or init_from does not exist.
         """
         super().validate()
+        if not (self.preset or self.arch or self.model_config or self.init_from):
+            self.preset = "small"  # as config.toml then says
         need = self.need
         need(not self.epochs or self.steps == TrainConfig.steps, "epochs", "left out where steps is given")
         for name in ("ratio_weight", "lr_multipliers"):

@@ -9,9 +9,12 @@ from hnet.data.pack_stream import PackStream
 from hnet.data.packing import Pieces
 from hnet.data.sources import open_data
 from hnet.device import pick_autocast, pick_device
+from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.cost import plan, positions_per_byte
 
 from .config import TrainConfig
+from .freeze import freeze
+from .init_from import weights_file
 from .schedule import Schedule, make_schedule
 from .start import check_reach, pack_size, settle_steps
 
@@ -54,6 +57,12 @@ def report(config: TrainConfig) -> str:
             f"  stage {s}  {layout:16} width {architecture.d_model[s]:5}  {stage.parameters / 1e6:9.2f} M parameters  "
             f"{1 / share:6.2f} bytes a position  {cost / 1e6:9.2f} MFLOP a byte"
         )
+    if c.init_from:
+        lines.append(f"start      the weights {weights_file(c.init_from)}")
+    if c.freeze:
+        with torch.device("meta"):
+            still = freeze(HNetForCausalLM(architecture, device="meta"), c.freeze)
+        lines.append(f"frozen     {still / 1e6:,.2f} M parameters, counted below as if they were trained")
     lines += [
         f"memory     {found.state_bytes / 2**20:,.0f} MiB weights, gradients and optimiser; about "
         f"{found.activation_bytes / 2**20:,.0f} MiB activations on {device} in {'bf16' if bf16 else 'fp32'}",

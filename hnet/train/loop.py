@@ -130,8 +130,13 @@ class Trainer:
         self.mark: float | None = None  # when the last step was finished; None after a pause
         self.interrupted = self.stop = False
         torch.manual_seed(config.seed + 7919 * self.world.rank)
+        self.beginning: list[Event] = []
         if path := self.state.find(resume):
             self.state.load(path)
+        elif events := self.task.begin():
+            self.beginning = events
+            if self.ema is not None:
+                self.ema.restart()
         self.replica = self.device_step.replica = distributed.replicate(self.model, config, self.world)
         distributed.barrier(self.world)  # nobody writes before all have looked
 
@@ -265,6 +270,8 @@ class Trainer:
     def _run(self, profiler: Any) -> dict[str, float]:
         c, journal = self.config, self.journal
         result: dict[str, float] = {}
+        for event in self.beginning:
+            journal.event(self.step, event)
         if self.step == 0:
             result = self.evaluate()
             journal.row({"step": 0, "bytes": 0, "time": 0.0, **result})

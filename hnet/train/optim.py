@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hnet.config.run import RunConfig
+from hnet.errors import UserError
 from hnet.model.mamba2 import Mamba2
 from hnet.model.parameters import stage_of
 
@@ -65,6 +66,8 @@ class Optimizers:
         groups: dict[tuple, list[nn.Parameter]] = {}
         for_muon = muon_parameters(model) if config.optimizer == "muon" else set()
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
             kind = (id(p) in for_muon, stage_of(name), ".routing_module." in name)
             groups.setdefault((*kind, decays(name, p, config.decay_embeddings)), []).append(p)
         adam: list[dict] = []
@@ -74,12 +77,15 @@ class Optimizers:
             group = {"params": params, "lr": lr, "peak": lr, "stage": stage, "router": router}
             group["weight_decay"] = config.weight_decay if decay else 0.0
             (muon if is_muon else adam).append(group)
+        if not adam:  # the rest is frozen; AdamW's state and rates are asked for all the same
+            none: dict[str, Any] = {"params": [], "lr": 0.0, "peak": 0.0, "stage": 0, "router": True}
+            adam = [none | {"weight_decay": 0.0}]
         first = AdamW(adam, betas=(config.betas[0], config.betas[1]), fused=True)
         self.parts: list[AdamW | Muon] = [first]
         if muon:  # scaled so that its updates have AdamW's size: one learning rate serves both
             self.parts.append(Muon(muon, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
         self.ngrams: Any = getattr(model, "ngrams", None)
-        if tables_by_row and self.ngrams is not None:
+        if tables_by_row and self.ngrams is not None and self.ngrams.weight.requires_grad:
             self._update_by_row(first)
         self.factor = 1.0
         self.rates: Tensor | None = None  # (groups,)
@@ -159,7 +165,18 @@ class Optimizers:
         return states
 
     def load_state_dict(self, state: list[dict]) -> None:
-        """Moments and step counts; rates and weight decay are what this run's config says."""
+        """Moments and step counts; rates and weight decay are what this run's config says.
+
+        Raises:
+            UserError: they are of other parameters than this run trains.
+        """
+        own = [[len(g["params"]) for g in part.param_groups] for part in self.parts]
+        saved = [[len(g["params"]) for g in part["param_groups"]] for part in state]
+        if own != saved:
+            raise UserError(
+                "optimizer, decay_embeddings and freeze must be those of the run that goes on, which trained "
+                f"parameters in groups of {saved}, this one {own}; to change them start anew, with init_from"
+            )
         for part, s in zip(self.parts, state, strict=True):
             own_keys = ("lr", "peak", "weight_decay", "capturable")
             kept = [{k: g[k] for k in own_keys if k in g} for g in part.param_groups]

@@ -11,6 +11,7 @@ row(step, means)          more keys, from the averages as floats, once it is fin
 observe(row)              what moves by the numbers of a finished step; events. Later steps may have been started
 settles(step)             whether all `step` steps must be answered before the next one starts
 evaluated(val_ce)         what moves by an evaluation; events
+begin()                   at a fresh start: loads what it starts from; events
 evaluate(), sample()      held-out cross entropy; a text to keep and one to look at
 held_out                  lines of the last evaluation's text with their boundaries, to keep; perhaps none
 prints, lines(row)        whether it prints rows itself, and what; called once for every finished row, in order
@@ -55,7 +56,9 @@ from .decisive import Decisive
 from .distributed import shard
 from .evaluation import evaluate_hnet
 from .flips import Flips
+from .freeze import freeze
 from .held_out_lines import HeldOutLines
+from .init_from import start_weights
 from .losses import losses
 from .shards import spread_state_like
 from .start import check_reach, pack_size, settle_steps
@@ -85,6 +88,9 @@ class HNetTask:
         self.model = HNetForCausalLM(config.model(), device=device).set_dropout(config.dropout)
         if self.model.ngrams is not None:
             self.model.ngrams.dropout = config.ngram_dropout
+        if config.freeze:
+            still, total = freeze(self.model, config.freeze), sum(p.numel() for p in self.model.parameters())
+            say(f"freeze: {still:,} of {total:,} parameters stay as they are")
         for i, stage in enumerate(self.model.stages()):
             chosen = config.recompute and (not config.recompute_stages or i in config.recompute_stages)
             for m in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:
@@ -100,6 +106,13 @@ class HNetTask:
         self.costs = stage_costs(self.model)
         self.flips, self.boundary_scores = Flips(world), BoundaryScores()
         self.held_out_lines, self.held_out = HeldOutLines(), list[dict[str, Any]]()
+
+    def begin(self) -> list[Event]:
+        if not self.config.init_from:
+            return []
+        state, what = start_weights(self.config.init_from, self.model)
+        self.load_weights(state, Path(self.config.init_from))
+        return [Event("init_from", f"starts from {what}")]
 
     def prepare(self, step: int) -> None:
         self.compression.prepare(step)

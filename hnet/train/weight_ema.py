@@ -12,11 +12,12 @@ from .shards import local_rows, spread_like
 
 
 class WeightEMA:
-    """average <- decay average + (1 - decay) weights, after every step; the first steps average evenly."""
+    """average <- decay average + (1 - decay) weights, after every step; the first steps average evenly. Of frozen
+    parameters it is themselves, to the bit."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = dict(model.named_parameters())
         self.names = list(named)
         self.parameters: list[Tensor] = list(named.values())
         self.average: list[Tensor] = [p.detach().clone() for p in self.parameters]

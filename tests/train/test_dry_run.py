@@ -30,3 +30,12 @@ def test_rows_have_speed_and_cost(config):
     assert row["flops_per_second"] == pytest.approx(row["flops_per_byte"] * row["bytes_per_second"])
     assert "mfu" not in row  # a CPU has no peak in the table
     assert 0 <= row["data_wait_share"] < 1
+
+
+def test_dry_run_of_fine_tuning(config, tmp_path):
+    model = HNetForCausalLM(config.model())
+    model.save_pretrained(tmp_path / "base")
+    text = report(dataclasses.replace(config, preset="", init_from=str(tmp_path / "base"), freeze=["inner"]))
+    inner = sum(p.numel() for p in model.backbone.main_network.main_network.parameters())
+    assert f"start      the weights {tmp_path / 'base' / 'model.safetensors'}" in text
+    assert f"frozen     {inner / 1e6:,.2f} M parameters" in text
