@@ -4,7 +4,8 @@ A table stands between `<!-- benchmarks:NAME -->` and `<!-- end -->` and comes f
 `gpus` holds one section for every results file of a GPU, with the rows of D = 1024 and mean chunk 6 (`gpus-all`: with
 every row); it stays empty as long as there is no such file. `chunk_lm` is ChunkLM's training step, `training_*` are
 those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning`, `decisive` that of
-`python -m benchmarks.learning.decisive`, `agglutinative` that of `python -m benchmarks.agglutinative`, `layer_ops`,
+`python -m benchmarks.learning.decisive`, `agglutinative` that of `python -m benchmarks.agglutinative`,
+`finetuning` that of `python -m benchmarks.finetuning`, `layer_ops`,
 `scaling`, `decoding` and `laptop_step` are rows of cpu.json, `peers` is that of test_peers.py, and `predicted` that of
 `python -m benchmarks.predict`. `tables/` makes most of them.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
@@ -20,6 +21,7 @@ from .learning.report import learning_section
 from .tables import files
 from .tables.decoding import decoding_section
 from .tables.experiments import chunk_lm_section, curriculum_section, decisive_section, rate_section
+from .tables.finetuning import finetuning_section
 from .tables.gpu import gpu_section, gpu_sections
 from .tables.laptop import laptop_step_section
 from .tables.ops import cpu_section, layer_ops_section, layers_section, scaling_section
@@ -36,6 +38,7 @@ SECTIONS = {
     "learning": ("learning", learning_section),
     "decisive": ("decisive", decisive_section),
     "agglutinative": ("agglutinative", agglutinative_section),
+    "finetuning": ("finetuning", finetuning_section),
     "layer_ops": ("cpu", layer_ops_section),
     "scaling": ("cpu", scaling_section),
     "decoding": ("cpu", decoding_section),
