@@ -170,12 +170,12 @@ class Optimizers:
         Raises:
             UserError: they are of other parameters than this run trains.
         """
-        own = [[len(g["params"]) for g in part.param_groups] for part in self.parts]
+        mine = [[len(g["params"]) for g in part.param_groups] for part in self.parts]
         saved = [[len(g["params"]) for g in part["param_groups"]] for part in state]
-        if own != saved:
+        if mine != saved:
             raise UserError(
                 "optimizer, decay_embeddings and freeze must be those of the run that goes on, which trained "
-                f"parameters in groups of {saved}, this one {own}; to change them start anew, with init_from"
+                f"parameters in groups of {saved}, this one {mine}; to change them start anew, with init_from"
             )
         for part, s in zip(self.parts, state, strict=True):
             own_keys = ("lr", "peak", "weight_decay", "capturable")

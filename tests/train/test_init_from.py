@@ -1,10 +1,12 @@
 """Runs that start from weights that are there."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hnet import HNetConfig, HNetForCausalLM
 from hnet.chunk_lm import ChunkLM
@@ -53,12 +55,14 @@ def tuned(config, tmp_path):
 def test_from_a_model_directory(tuned, tmp_path):
     lm = model(tmp_path / "base")
     trainer = starts_with(tuned, lm.state_dict())
-    assert trainer.model.config == lm.config and trainer.step == 0
+    assert trainer.model.config == lm.config
+    assert trainer.step == 0
     assert not any(part.state for part in trainer.optimizers.parts)
     trainer.train()
     rows = read_metrics(Path(tuned.out) / "metrics.jsonl")
     (event,) = [r for r in rows if r.get("event") == "init_from"]
-    assert event["step"] == 0 and str(tmp_path / "base" / "model.safetensors") in event["message"]
+    assert event["step"] == 0
+    assert str(tmp_path / "base" / "model.safetensors") in event["message"]
     assert model_of(read_log(tuned.out)) == lm.config  # what `hnet diagnose` takes it for
     steps = [r["step"] for r in rows if "loss" in r]
     assert steps == list(range(1, 9))
@@ -91,6 +95,22 @@ def test_from_a_published_file(tuned, tmp_path):
     starts_with(dataclasses.replace(tuned, preset="tiny"), rounded)  # the shapes are compared all the same
     lm.config.to_json(tmp_path / "published.json")
     starts_with(tuned, rounded)
+
+
+def test_from_a_folder_of_transformers(tuned, tmp_path):
+    """Its own keys in config.json, and several files with an index."""
+    lm = model(tmp_path / "base")
+    whole = tmp_path / "base" / "model.safetensors"
+    state = read_weights(whole)
+    whole.unlink()
+    names = sorted(state)
+    for i, some in enumerate((names[:5], names[5:])):
+        save_file({k: state[k] for k in some}, str(tmp_path / "base" / f"part{i}.safetensors"))
+    index = {"weight_map": {k: f"part{int(i >= 5)}.safetensors" for i, k in enumerate(names)}}
+    whole.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    about = lm.config.to_dict() | {"model_type": "hnet"}
+    whole.with_name("config.json").write_text(json.dumps(about))
+    starts_with(tuned, lm.state_dict())
 
 
 def test_the_average_begins_at_the_start(tuned, tmp_path):
@@ -138,13 +158,15 @@ def test_ngrams_boundaries_and_biases_stay(tuned, tmp_path):
         assert trainer.model.backbone.logit_bias.item() == 0.75
         assert trainer.model.ngrams.longest == 4
     changed = Trainer(dataclasses.replace(tuned, boundaries="char-start"))
-    assert changed.model.backbone.boundaries == "char-start" and changed.model.backbone.logit_bias.item() == 0.75
+    assert changed.model.backbone.boundaries == "char-start"
+    assert changed.model.backbone.logit_bias.item() == 0.75
 
 
 def test_ngrams_may_be_added(tuned, tmp_path):
     lm = model(tmp_path / "base")
     trainer = Trainer(dataclasses.replace(tuned, ngrams=[2, 3], ngram_rows=40))
-    assert trainer.model.ngrams.weight.shape[0] == 80 and "new" in trainer.beginning[0].message
+    assert trainer.model.ngrams.weight.shape[0] == 80
+    assert "new" in trainer.beginning[0].message
     ids = torch.arange(60)[None]
     assert torch.equal(trainer.model.eval()(ids).logits, lm.eval()(ids).logits)
 
@@ -171,8 +193,10 @@ def test_what_does_not_fit_is_named(tuned, tmp_path, keys, changes, names):
     key, given, there = names
     layouts = {"laptop": str(HNetConfig.preset("laptop").arch_layout), "tiny": str(base.arch_layout)}
     message = str(e.value)
-    assert message.startswith(f"{key} must be that of init_from") and tuned.init_from in message
-    assert layouts.get(given, given) in message and layouts.get(there, there) in message
+    assert message.startswith(f"{key} must be that of init_from")
+    assert tuned.init_from in message
+    assert layouts.get(given, given) in message
+    assert layouts.get(there, there) in message
     assert not Path(config.out).exists()
 
 
@@ -198,27 +222,23 @@ def test_mistakes(tuned, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_start_from_it_too(tuned, tmp_path):
-    """ddp and fsdp, the outer stage frozen: both begin with the bits of the weights, and keep those of what is frozen."""
+    """ddp and fsdp: after a step at a small rate everything is near the weights, and what is frozen has their bits."""
     lm = model(tmp_path / "base", ngram_cfg=NgramConfig([2], 40))
-    tuned.freeze, tuned.weight_ema, tuned.steps = ["encoder", "decoder", "embeddings"], 0.9, 2
-    jobs = []
-    for p in ("ddp", "fsdp"):
-        c = dataclasses.replace(tuned, parallel=p)
-        jobs.append(job(f"{p} begins", dataclasses.replace(c, out=str(tmp_path / f"{p}0")), "nothing"))
-        jobs.append(job(p, dataclasses.replace(c, out=str(tmp_path / p)), "train"))
+    tuned.freeze, tuned.weight_ema, tuned.learning_rate = ["encoder", "decoder", "embeddings"], 0.9, 1e-4
+    both = ("ddp", "fsdp")
+    jobs = [job(p, dataclasses.replace(tuned, parallel=p, out=str(tmp_path / p)), "step") for p in both]
     assert run(tmp_path, jobs) == [0, 0]
     start = dict(lm.named_parameters())
     still = {k for k in start if k.startswith(("embeddings", "backbone.encoder", "backbone.decoder"))}
-    for p in ("ddp", "fsdp"):
+    for p in both:
         for rank in (0, 1):
-            before, after = (found(tmp_path, name, rank)["state"] for name in (f"{p} begins", p))
-            for kind in ("weight", "ema"):
-                assert all(torch.equal(before[f"{kind}/{k}"], v) for k, v in start.items())
-                assert all(torch.equal(after[f"{kind}/{k}"], start[k]) for k in still)
-            assert {k for k, v in start.items() if torch.equal(after[f"weight/{k}"], v)} == still
-            assert {k.partition("/")[2] for k in after if k.startswith("exp_avg/")} == start.keys() - still
-        checkpoint = latest_checkpoint(tmp_path / p / "checkpoints")
-        assert all(torch.equal(load_weights(checkpoint)[k], start[k]) for k in still)
+            state = found(tmp_path, p, rank)["state"]
+            for k, v in start.items():
+                for kind in ("weight", "ema"):
+                    torch.testing.assert_close(state[f"{kind}/{k}"], v, rtol=0, atol=2e-4)
+                    assert k not in still or torch.equal(state[f"{kind}/{k}"], v)
+            assert {k for k, v in start.items() if torch.equal(state[f"weight/{k}"], v)} == still
+            assert {k.partition("/")[2] for k in state if k.startswith("exp_avg/")} == start.keys() - still
 
 
 def test_a_preset_is_the_default():
