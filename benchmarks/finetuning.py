@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,8 @@ def configuration(base: TrainConfig, run: str, arm: str, text: str, steps: int, 
 
 def bits_per_byte(trainer: Trainer, old: Corpus, base: TrainConfig) -> float:
     """Of the old text, as the base's run evaluates."""
-    return evaluate_hnet(
-        trainer.model, old, nullcontext, seq_len=base.seq_len, batch_bytes=base.batch_bytes, max_bytes=base.eval_bytes
-    ).bpb
+    how: dict[str, Any] = {"seq_len": base.seq_len, "batch_bytes": base.batch_bytes, "max_bytes": base.eval_bytes}
+    return evaluate_hnet(trainer.model, old, trainer.autocast, **how).bpb
 
 
 def run(config: TrainConfig, old: Corpus, base: TrainConfig) -> dict[str, Any]:
