@@ -47,7 +47,7 @@ class HNetLM(LM):
         dtype: as in `hnet eval`; generation is with fp32 weights.
         batch_bytes: bytes that go through the model at once.
         batch_size: texts that are written at the same time; auto: 16.
-        device: auto, cpu, cuda.
+        device: auto, cpu, cuda; cuda:0, which the harness's command says by itself, is auto.
 
     Raises:
         ValueError: not an H-Net; an option out of range.
@@ -60,7 +60,7 @@ class HNetLM(LM):
     ) -> None:  # fmt: skip
         super().__init__()
         path = checkpoint_of(pretrained)
-        name = (device or "auto").removesuffix(":0")
+        name = "auto" if device in (None, "cuda:0") else str(device)  # the harness's command says cuda:0 unless told
         if name not in ("auto", "cpu", "cuda"):
             raise UserError(f"device must be auto, cpu or cuda, got {device}")
         self._device = pick_device(name)

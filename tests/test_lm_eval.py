@@ -179,7 +179,7 @@ def test_options_that_make_no_sense(folder):
     ):
         with pytest.raises(ValueError, match=message):
             HNetLM(str(folder), **{"device": "cpu", **wrong})
-    lm = HNetLM(str(folder), seq_len=50, device="cpu")
+    lm = HNetLM(str(folder), seq_len=50, device="cuda:0")  # what the harness's command gives unless told, GPU or not
     for wrong, message in (
         ({"until": [], "num_beams": 4}, "generation_kwargs must be of .*, got num_beams"),
         ({"until": [], "max_gen_toks": 49}, r"max_gen_toks \(49 bytes\) must leave room"),
