@@ -1,4 +1,4 @@
-"""hnet: train, eval, export, generate, segment, plot, diagnose, sweep, info; train-chunk-lm, generate-chunk-lm."""
+"""hnet: train, eval, export, generate, serve, segment, plot, diagnose, sweep, info; {train,generate}-chunk-lm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .evaluate import evaluate
 from .export import export
 from .generate import generate
 from .segment import segment
+from .serve import serve
 from .sweep import sweep
 from .train import train, train_chunk_lm
 
@@ -72,6 +73,7 @@ main.add_command(train)
 main.add_command(train_chunk_lm)
 main.add_command(generate)
 main.add_command(generate, "generate-chunk-lm")
+main.add_command(serve)
 main.add_command(segment)
 main.add_command(evaluate)
 main.add_command(export)
