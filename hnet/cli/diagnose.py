@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hnet.diagnose.runs import Log
 
 PATH = click.Path(path_type=Path)
+SMALL = 1 << 28  # bytes of weights that are loaded without being asked for
 
 
 class Unreadable(click.ClickException):
@@ -40,6 +41,12 @@ class Unreadable(click.ClickException):
     help="The least severe finding that makes the exit code 1.",
 )
 @click.option("--generate", is_flag=True, help="Load the run's latest checkpoint too, let it write, and judge that.")
+@click.option(
+    "--checkpoint/--no-checkpoint",
+    default=None,
+    help="Load the run's latest checkpoint and examine weights, routers and packs, with --out draw chunks too; "
+    "default: where it and the data have at most 256 MiB.",
+)
 @click.option("--text", type=PATH, help="Held-out text for --generate and pictures of chunks; default: the run's.")
 @click.option("--write-config", type=PATH, help="Write the run's config with the keys of its findings, and why.")
 @click.option("--accept", help="With --write-config: ids of the findings to follow, with commas; default: all.")
@@ -54,6 +61,7 @@ def diagnose(
     out: Path | None,
     fail_on: str,
     generate: bool,
+    checkpoint: bool | None,
     text: Path | None,
     write_config: Path | None,
     accept: str | None,
@@ -69,8 +77,8 @@ def diagnose(
     where a fix as severe is missing.
     """
     from hnet.diagnose import fixes
-    from hnet.diagnose.report import examine
     from hnet.diagnose.runs import read_log
+    from hnet.diagnose.whole import examine_run
 
     failing = ("critical",) if fail_on == "critical" else ("critical", "warning")
     single = [n for n, v in (("--write-config", write_config), ("--against", against)) if v is not None]
@@ -84,15 +92,16 @@ def diagnose(
     except UserError as e:
         raise Unreadable(str(e)) from None
     if reference is not None:
-        found = fixes.against(logs[0], examine(reference))
-        _print_fixes(found, as_json)
+        found = fixes.against(logs[0], examine_run(reference, _material(reference, None, checkpoint)))
+        written = _test_generation(logs[0], reference, text) if checkpoint is not False else None
+        _print_fixes(found, written, as_json)
         if any(f.finding.severity in failing and f.state in ("missing", "partly") for f in found):
             raise click.exceptions.Exit(1)
         return
     reports, materials = [], []
     for log in logs:
-        material = _material(log, text, generate, out is not None)
-        reports.append(examine(log, **_generated(material if generate else None)))
+        material = _material(log, text, True if generate else checkpoint)
+        reports.append(examine_run(log, material, generate))
         materials.append(material)
     if compare:
         _print_comparison(reports[0], reports[1], as_json)
@@ -115,27 +124,46 @@ def diagnose(
         raise click.exceptions.Exit(1)
 
 
-def _material(log: Log, text: Path | None, generate: bool, pictures: bool) -> Material | None:
-    """The checkpoint and the text, where they are asked for; for pictures alone only where they are there."""
-    from hnet.diagnose.checkpoint import open_material
+def _material(log: Log, text: Path | None, wanted: bool | None) -> Material | None:
+    """The checkpoint and the data: asked for (True), not wanted (False), or where they are here and small (None)."""
+    from hnet.diagnose.checkpoint import open_material, weights_bytes
+    from hnet.diagnose.data import data_files
+    from hnet.diagnose.whole import READ
 
-    if not (generate or (pictures and log.kind == "run")):
+    if wanted is None:
+        files = data_files(log) if log.kind == "run" else []
+        here = 0 < sum(p.stat().st_size for p in files) <= READ
+        wanted = None if here and 0 < weights_bytes(_folder(log)) <= SMALL else False
+    if wanted is False:
         return None
     try:
-        return open_material(log.path, text)
+        return open_material(_folder(log), text)
     except (UserError, OSError):
-        if generate or text is not None:
+        if wanted:
             raise
         return None
 
 
-def _generated(material: Material | None) -> dict[str, Any]:
+def _folder(log: Log) -> Path:
+    return log.path if log.path.is_dir() else log.path.parent
+
+
+def _test_generation(fixed: Log, run: Log, text: Path | None) -> dict[str, Any] | None:
+    """What a checkpoint writes: that of the fixed config's run, if it has been made, else the run's own."""
+    from hnet.diagnose.checkpoint import open_material, weights_bytes
     from hnet.diagnose.generation import generation, samples
 
-    if material is None:
-        return {}
-    rows = samples(material.model, material.held_out, material.source)
-    return {"more": generation(rows), "generation": rows}
+    own = Path(str(fixed.setting("out", default="")))
+    tried = [p for p in (own, _folder(run)) if str(p) not in ("", ".") and weights_bytes(p)]
+    if not tried:
+        return None
+    try:
+        material = open_material(tried[0], text)
+        rows = samples(material.model, material.held_out, material.source)
+    except (UserError, OSError) as e:
+        return {"path": str(tried[0]), "step": None, "why": str(e), "rows": [], "findings": []}
+    findings = [f.to_dict() for f in generation(rows)]
+    return {"path": str(tried[0]), "step": material.step, "why": None, "rows": rows, "findings": findings}
 
 
 def _print(reports: list[Report]) -> None:
@@ -148,7 +176,7 @@ def _print(reports: list[Report]) -> None:
         print_report(console, report)
 
 
-def _print_fixes(found: list[Fix], as_json: bool) -> None:
+def _print_fixes(found: list[Fix], written: dict[str, Any] | None, as_json: bool) -> None:
     from hnet.config.toml import dumps
 
     if as_json:
@@ -159,7 +187,7 @@ def _print_fixes(found: list[Fix], as_json: bool) -> None:
             }
             for f in found
         ]  # fmt: skip
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps({"fixes": rows, "generation": written}, indent=2))
         return
     for f in found:
         click.echo(f"{f.state:<10}{f.finding.name}: {f.finding.title}")
@@ -170,6 +198,16 @@ def _print_fixes(found: list[Fix], as_json: bool) -> None:
             click.echo(f"          {(f.finding.advice or ['no key of a config answers it'])[0]}")
     if not found:
         click.echo("the run has no finding that a config could answer")
+    if written is None:
+        click.echo("generation: no checkpoint to judge")
+    elif written["why"]:
+        click.echo(f"generation: {written['path']} could not be judged: {written['why']}")
+    else:
+        click.echo(f"generation, from {written['path']} at step {written['step']}:")
+        for f in written["findings"]:
+            click.echo(f"{f['severity']:<10}{f['id']}: {f['evidence'][0]}")
+            for line in f["advice"]:
+                click.echo(f"          -> {line}")
 
 
 def _print_comparison(a: Report, b: Report, as_json: bool) -> None:

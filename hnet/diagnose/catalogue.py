@@ -116,6 +116,24 @@ CATALOGUE: dict[str, Entry] = {
                 "widths do not grow inwards",
                 "a run of equal cost with growing widths is no better",
             ),
+            "weights_broken": ("high", "weights hold NaN or infinity", "another checkpoint of that step is whole"),
+            "weights_untrained": ("high", "matrices are zero after training", "they are not used, on purpose"),
+            "weights_grown": ("medium", "matrices grew a hundredfold", "the loss is as good as with smaller ones"),
+            "router_dead": (
+                "high",
+                "a router whose p is the same everywhere, or whose projections lost their rank",
+                "p differs from place to place on other text",
+            ),
+            "router_frozen": (
+                "high",
+                "a router is the identity it began as",
+                "its rate was 0 on purpose",
+            ),
+            "router_saturated": (
+                "medium",
+                "p is 0 or 1 almost everywhere, and the rate is far from its target",
+                "the rate comes back with more steps",
+            ),
         },
     ),
     **_entries(
@@ -141,7 +159,7 @@ CATALOGUE: dict[str, Entry] = {
             ),
             "leak": (
                 "low",
-                "documents are packed and nothing says that they are kept apart",
+                "documents of a pack see each other, or nothing says that they are kept apart",
                 "perturb one document of a pack: the logits of the others do not move",
             ),
             "sampling": (
@@ -164,6 +182,22 @@ CATALOGUE: dict[str, Entry] = {
                 "medium",
                 "the held-out text differs in kind from the training text",
                 "held-out documents drawn at random show the same gap",
+            ),
+            "invalid_bytes": ("high", "the text is not all UTF-8", "the files are in another encoding on purpose"),
+            "duplicates": (
+                "high",
+                "documents are in the training text several times",
+                "they are weighted so on purpose",
+            ),
+            "near_duplicates": (
+                "medium",
+                "documents have most of their text in common with others",
+                "what they share is a form that every document has",
+            ),
+            "cut_documents": (
+                "medium",
+                "documents are much longer than seq_len",
+                "nothing in them depends on its start",
             ),
             "slow": ("medium", "throughput dropped", "sequences grew longer there"),
             "data_wait": ("high", "steps wait for data", "the wait is hidden behind the device's work"),

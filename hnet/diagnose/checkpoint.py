@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from hnet.config.keys import read_toml
-from hnet.data.corpus import Corpus
+from hnet.data.corpus import Corpus, Source
+from hnet.data.mixture import Mixture
 from hnet.data.sources import open_data
 from hnet.errors import MissingPath, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
@@ -22,6 +23,10 @@ class Material(NamedTuple):
     model: HNetForCausalLM
     held_out: bytes
     source: bytes  # training text, b"" where it does not lie in memory
+    step: int = 0
+    config: TrainConfig | None = None
+    train: Source | Mixture | None = None  # None where the run's data cannot be read
+    val: Corpus | None = None
 
 
 def open_material(run: Path, text: Path | None = None) -> Material:
@@ -38,6 +43,7 @@ def open_material(run: Path, text: Path | None = None) -> Material:
         raise MissingPath(f"{run} holds no config.toml")
     config = TrainConfig(**read_toml(run / "config.toml", TrainConfig))
     source = held_out = b""
+    train = val = None
     if text is not None:
         with user_path(text):
             held_out = text.read_bytes()
@@ -49,7 +55,24 @@ def open_material(run: Path, text: Path | None = None) -> Material:
     else:
         source = _bytes(train) if isinstance(train, Corpus) else b""
         held_out = held_out or _bytes(val)
-    return Material(HNetForCausalLM.from_pretrained(path, device=torch.device("cpu")).eval(), held_out, source)
+    model = HNetForCausalLM.from_pretrained(path, device=torch.device("cpu")).eval()
+    return Material(model, held_out, source, step_of(path), config, train, val)
+
+
+def weights_bytes(run: Path) -> int:
+    """Bytes of the latest checkpoint's weights; 0 where there is none."""
+    if not (run / "checkpoints").is_dir():
+        return 0
+    try:
+        return sum(p.stat().st_size for p in latest_checkpoint(run / "checkpoints").glob("*.safetensors"))
+    except MissingPath:
+        return 0
+
+
+def step_of(checkpoint: Path) -> int:
+    """checkpoints/step_00000120 -> 120"""
+    digits = checkpoint.name.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else 0
 
 
 def _bytes(corpus: Corpus) -> bytes:

@@ -32,4 +32,4 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    return {k: [a.get(k), b.get(k)] for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)}
+    return {k: [a.get(k), b.get(k)] for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and k != "data.histogram"}

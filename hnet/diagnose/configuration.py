@@ -216,6 +216,28 @@ def leak(log: Log) -> list[Finding]:
     return [Finding(severity, "leak", title, why, change, confidence=sure)]
 
 
+def joined(log: Log) -> list[Finding]:
+    """Sequences, as the outermost router counted them, that are longer than the loader makes them."""
+    length = log.number("seq_len")
+    at, chunk = log.series("stage0/bytes_per_chunk")
+    also_at, chunks = log.series("stage0/chunks_per_sequence")
+    at, here, there = np.intersect1d(at, also_at, return_indices=True)
+    chunk, chunks = chunk[here], chunks[there]
+    if not length > 0 or not len(at):
+        return []
+    seen = float(np.median(chunk * chunks))
+    if seen <= 1.05 * length:
+        return []
+    why = [
+        f"{np.median(chunks):.4g} chunks a sequence of {np.median(chunk):.3g} positions are sequences of {seen:,.0f} "
+        f"positions, and seq_len is {length:g}: the model was told of fewer documents than a pack holds."
+    ]
+    change = ["pass cu_seqlens of every pack to the model, with a sequence for each document"]
+    span = (int(at[0]), int(at[-1]))
+    title = "Packed documents see each other"
+    return [Finding("critical", "leak", title, why, change, span, confidence="high")]
+
+
 def sampling(log: Log) -> list[Finding]:
     """Where the config says how text is sampled."""
     t, p, penalty = (log.number(k) for k in ("temperature", "top_p", "repetition_penalty"))
@@ -233,4 +255,4 @@ def sampling(log: Log) -> list[Finding]:
     return [Finding("warning", "sampling", "Text is sampled too hot", why, change, sampling=new)]
 
 
-RULES = (schedule, learning_rate, compression, evaluation, zero_grad, leak, sampling)
+RULES = (schedule, learning_rate, compression, evaluation, zero_grad, leak, joined, sampling)

@@ -157,7 +157,7 @@ def generation(rows: list[dict[str, Any]]) -> list[Finding]:
             f"{r['utf8_validity']:.1%} of the bytes at temperature {r['temperature']}, {text['utf8_validity']:.1%} of "
             "the text's belong to whole characters."
         ]
-        change = ["SamplingConfig(valid_utf8=True) draws only bytes that go on with a character"]
+        change = ["hnet generate --valid-utf8 draws only bytes that go on with a character"]
         out.append(Finding("warning", "invalid_utf8", "Samples break UTF-8 characters", why, change, sampling=flags))
     if hot["bpb"] > 1.3 * text["bpb"] + 0.2:
         why = [
@@ -172,8 +172,8 @@ def generation(rows: list[dict[str, Any]]) -> list[Finding]:
             f"{r[key]:.0%} of {GRAMS}-grams at temperature {r['temperature']} were there before, {text[key]:.0%} in "
             f"the text; distinct-4 {r['distinct_4']:.2f} against {text['distinct_4']:.2f}, run {r['longest_run']}."
         ]
-        flags = flags | {"repetition_penalty": 1.1}
-        change = ["against loops, better than a penalty on bytes: SamplingConfig(dry_multiplier=0.8)"]
+        flags = flags | {"dry_multiplier": 0.8}
+        change = ["DRY acts on repetitions of 12 bytes and more; a repetition_penalty on bytes hurts spaces and e, too"]
         everywhere = len(loops) == len(made)
         severity, title = ("warning", "Samples repeat themselves") if everywhere else ("note", "Cold samples repeat")
         out.append(Finding(severity, "repetition", title, why, change, sampling=flags))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .findings import Finding
-from .report import Report, headline, in_a_line, where
+from .report import Report, examined, headline, in_a_line, where
 
 
 def to_markdown(report: Report, plots: list[Path]) -> str:
@@ -13,6 +13,8 @@ def to_markdown(report: Report, plots: list[Path]) -> str:
     lines = [f"# {headline(report)}", "", in_a_line(report.summary), "", "## What to do now", ""]
     todo = [f for f in report.findings if f.severity in ("critical", "warning")]
     lines += [f"{i}. **{f.title}**: {_first(f)}" for i, f in enumerate(todo, 1)] or ["Nothing."]
+    if found := examined(report.summary):
+        lines += ["", "## Model and text", "", *(f"- {line}" for line in found)]
     lines += ["", "## Findings", ""]
     for f in report.findings:
         lines += [f"### {f.severity}: {f.title}{where(f)}", "", *f.evidence, ""]

@@ -13,7 +13,7 @@ from .checkpoint import Material
 from .figures import plot_chunks, plot_log
 from .findings import Finding
 from .markdown import to_markdown
-from .report import Report, headline, in_a_line, where
+from .report import Report, examined, headline, in_a_line, where
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b }
@@ -43,6 +43,7 @@ def write_report(out: Path, report: Report, material: Material | None = None) ->
 def to_html(report: Report, plots: list[Path]) -> str:
     """One page that needs nothing else: style and plots are inside, and no script."""
     parts = [f"<h1>{escape(headline(report))}</h1>", f"<p>{escape(in_a_line(report.summary))}</p>"]
+    parts += [f"<p>{escape(line)}</p>" for line in examined(report.summary)]
     todo = [f for f in report.findings if f.severity in ("critical", "warning")]
     if todo:
         items = "".join(f"<li><b>{escape(f.title)}</b>: {_advice(f)}</li>" for f in todo)

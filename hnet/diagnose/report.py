@@ -77,6 +77,8 @@ def print_report(console: Console, report: Report) -> None:
     console.print(Text(headline(report), style="bold"))
     if numbers := in_a_line(report.summary):
         console.print(Text(numbers, style="dim"))
+    for known in examined(report.summary):
+        console.print(Text(known, style="dim"))
     for f in report.findings:
         line = Text.assemble((f"{f.severity:<9}", COLORS[f.severity]), (f.title, "bold"), (where(f), "dim"))
         console.print(line)
@@ -108,6 +110,35 @@ def in_a_line(found: dict[str, Any]) -> str:
     if "tokens_per_parameter" in found:
         parts.append(f"{found['tokens_per_parameter']:.3g} tokens per parameter")
     return "; ".join(parts)
+
+
+def examined(found: dict[str, Any]) -> list[str]:
+    """Sentences on the model and the text as they were found, where they were."""
+    lines = []
+    if a := found.get("architecture"):
+        sizes = ", ".join(f"{n:,}" for n in a["parameters_by_stage"])
+        windows = ", ".join("none" if w is None else "all" if w < 0 else str(w) for w in a["windows"])
+        lines.append(
+            f"checkpoint: layout {a['layout']}, widths {a['d_model']}, layers {a['layers']}, windows {windows}, "
+            f"parameters by stage {sizes}"
+        )
+        for i, r in enumerate(a["routers"]):
+            seen = (
+                f"; F {r['F']:.3f}, p {r['p_on']:.2f} on boundaries and {r['p_off']:.2f} elsewhere" if "F" in r else ""
+            )
+            lines.append(
+                f"router of stage {i}: drift from the identity {r['drift_q']:.3f} (q) and {r['drift_k']:.3f} (k), "
+                f"effective rank {r['rank_q']:.1f} and {r['rank_k']:.1f} of {r['width']}{seen}"
+            )
+    if d := found.get("data"):
+        held = d.get("held_out")
+        lines.append(
+            f"text: {d['bytes']:,} bytes in {d['documents']:,} documents, median {d['document_bytes']['median']:,.0f}; "
+            f"{d['invalid_bytes']:,} of {d['examined_bytes']:,} bytes no UTF-8; "
+            f"copies {100 * d['duplicate_share']:.2g} % of the bytes, almost {100 * d['near_duplicate_share']:.2g} %"
+            + (f"; {100 * held['overlap_share']:.2g} % of the held-out text trained on" if held else "")
+        )
+    return lines
 
 
 def _indented(text: str, mark: str = "", style: str = "") -> Any:

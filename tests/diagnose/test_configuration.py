@@ -80,3 +80,49 @@ def test_epochs_of_a_config_are_not_taken_for_the_default_steps(tmp_path):
     assert "warmup_all" not in findings(path)
     path.write_text("data = ['x']\nwarmup_steps = 1500\n")
     assert "warmup_all" in findings(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "severity"),
+    [
+        ({"zero_grad_every": 100, "accumulation": 8}, "zero_grad", "critical"),
+        ({"zero_grad_every": 2}, "zero_grad", "critical"),
+        ({"zero_grad_every": 8, "accumulation": 8}, "zero_grad", None),
+        ({"packing": True}, "leak", "warning"),
+        ({"packing": True, "cu_seqlens": False}, "leak", "critical"),
+        ({"packing": "greedy", "cu_seqlens": "none"}, "leak", "critical"),
+        ({"packing": True, "cu_seqlens": True}, "leak", None),
+        ({"packing": "off"}, "leak", None),
+        ({"temperature": 1.0, "top_p": 1.0}, "sampling", "warning"),
+        ({"temperature": 1.2, "top_p": 0.99}, "sampling", "warning"),
+        ({"temperature": 0.8, "top_p": 1.0}, "sampling", None),
+        ({"temperature": 1.0, "top_p": 0.9}, "sampling", None),
+    ],
+)
+def test_another_trainers_keys(config, name, severity, tmp_path):
+    f = of(tmp_path, **config).get(name)
+    assert (f and f.severity) == severity
+
+
+def test_a_penalty_that_is_there_is_not_asked_for(tmp_path):
+    f = of(tmp_path, temperature=1.0, top_p=1.0, repetition_penalty=1.2)["sampling"]
+    assert "repetition_penalty" not in f.sampling
+    assert f.sampling["temperature"] == 0.8
+
+
+def test_stage_norms(tmp_path):
+    rows = healthy_rows()
+    assert "stage_norms" not in findings(write_run(tmp_path / "a", rows))
+    joined = [{k: v for k, v in r.items() if not k.endswith("/grad_norm")} for r in rows]
+    assert findings(write_run(tmp_path / "b", joined))["stage_norms"].severity == "note"
+    assert "stage_norms" not in findings(write_run(tmp_path / "c", joined, lr_multipliers=[1.0, 1.0]))
+
+
+def test_sequences_longer_than_the_loader_makes_them(tmp_path):
+    rows = [{**r, "stage0/chunks_per_sequence": 200.0} for r in healthy_rows()]  # of 4 bytes: 800 of 1,024
+    assert "leak" not in findings(write_run(tmp_path / "a", rows))
+    for r in rows:
+        r["stage0/chunks_per_sequence"] = 2048.0
+    f = findings(write_run(tmp_path / "b", rows))["leak"]
+    assert f.severity == "critical"
+    assert "seq_len is 1024" in f.evidence[0]

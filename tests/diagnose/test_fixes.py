@@ -69,10 +69,14 @@ def test_against_says_cause_by_cause(trained, tmp_path):
     fixed = tmp_path / "fixed.toml"
     run(trained, "--write-config", fixed)
     r = run(fixed, "--against", trained, "--json")
-    states = {f["id"]: f["state"] for f in json.loads(r.stdout)}
+    found = json.loads(r.stdout)
+    assert found["generation"]["path"] == str(trained)  # the fixed run has not been made
+    assert [x["temperature"] for x in found["generation"]["rows"]][-1] is None
+    assert all(f["analysis"] == "generation" for f in found["generation"]["findings"])
+    states = {f["id"]: f["state"] for f in found["fixes"]}
     assert r.exit_code == 0
     assert states["warmup_all"] == states["lr_high"] == "applied"
-    r = run(trained / "config.toml", "--against", trained)
+    r = run(trained / "config.toml", "--against", trained, "--no-checkpoint")
     assert r.exit_code == 1
     assert "missing   warmup_all: The warm-up is as long as the run" in r.output
     assert "warmup_steps: was 8, is 8, asked for 1" in r.output

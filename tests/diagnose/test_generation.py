@@ -92,12 +92,13 @@ def test_advice():
     assert found({}, {}, {}).keys() == {"samples"}
     loops = found({"repetition_8": 0.9}, {"repetition_8": 0.8}, {"repetition_8": 0.6})["repetition"]
     assert loops.severity == "warning"
-    assert loops.sampling == {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
+    assert loops.sampling == {"temperature": 1.0, "top_p": 0.9, "dry_multiplier": 0.8}
     known = {o.name for o in generate_command.params}
     assert loops.sampling.keys() <= known
     assert found({"repetition_8": 0.9}, {}, {})["repetition"].severity == "note"
     assert found({}, {}, {"bpb": 3.5})["hot_samples"].sampling["temperature"] < 1
-    assert "invalid_utf8" in found({}, {}, {"utf8_validity": 0.9})
+    assert "--valid-utf8" in found({}, {}, {"utf8_validity": 0.9})["invalid_utf8"].advice[-1]
+    assert "valid_utf8" in known
     assert "low_entropy" in found({"entropy": 1.0}, {}, {})
     assert "64 bytes in a row" in found({}, {"copy": 64}, {})["copies"].evidence[0]
     assert "copies" not in found({}, {"copy": 63}, {})
