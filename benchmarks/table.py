@@ -6,8 +6,9 @@ every row); it stays empty as long as there is no such file. `chunk_lm` is Chunk
 those of `python -m benchmarks.training`, `learning` is that of `python -m benchmarks.learning`, `decisive` that of
 `python -m benchmarks.learning.decisive`, `agglutinative` that of `python -m benchmarks.agglutinative`,
 `finetuning` that of `python -m benchmarks.finetuning`, `layer_ops`,
-`scaling`, `decoding` and `laptop_step` are rows of cpu.json, `peers` is that of test_peers.py, and `predicted` that of
-`python -m benchmarks.predict`. `tables/` makes most of them.
+`scaling`, `decoding` and `laptop_step` are rows of cpu.json, `peers` is that of test_peers.py, `predicted` that of
+`python -m benchmarks.predict`, and `faulty_runs` that of `python -m benchmarks.faulty_runs`. `tables/` makes most of
+them.
 `python -m benchmarks.table NAME` prints one table in full (`card`: that of the GPU here).
 """
 
@@ -21,6 +22,7 @@ from .learning.report import learning_section
 from .tables import files
 from .tables.decoding import decoding_section
 from .tables.experiments import chunk_lm_section, curriculum_section, decisive_section, rate_section
+from .tables.faulty_runs import faulty_runs_section
 from .tables.finetuning import finetuning_section
 from .tables.gpu import gpu_section, gpu_sections
 from .tables.laptop import laptop_step_section
@@ -45,6 +47,7 @@ SECTIONS = {
     "laptop_step": ("cpu", laptop_step_section),
     "peers": ("peers", peers_section),
     "predicted": ("predicted", predicted_section),
+    "faulty_runs": ("faulty_runs", faulty_runs_section),
 }
 
 
