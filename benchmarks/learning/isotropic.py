@@ -4,8 +4,8 @@ Width 128, blocks c c t c t (c: gated convolution of 6 taps, no FFN; t: attentio
 with squared ReLU), rotary positions, RMSNorm without weights, queries and keys normed too, output projections and head
 zero at the start. Muon (0.02) for the matrices, AdamW (0.006) for the rest, 16 sequences of 128 bytes a step, a flat
 rate for 30 % of the run and then linearly down. It uses what the H-Net uses: `hnet_kernels`' fused layers, the
-trainer's Muon, bf16 where the processor has it, and, as `isotropic+ngrams`, the recipe's embeddings of n-grams, of which
-a step updates the rows it read.
+trainer's Muon, bf16 where the processor has it, and, as `isotropic+ngrams`, the recipe's embeddings of n-grams, of
+which a step updates the rows it read.
 """
 
 from __future__ import annotations
