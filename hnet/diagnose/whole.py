@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hnet.chunk_lm.train_config import ChunkLMTrainConfig
+from hnet.config import BOS
 from hnet.config.architecture import targets
 from hnet.config.keys import fields, parse
 from hnet.config.run import RunConfig
@@ -25,7 +26,7 @@ from .generation import generation, samples
 from .leakage import leak
 from .report import Report, examine
 from .runs import Log
-from .texts import examine_texts
+from .texts import draw, examine_texts
 from .weights import describe, routers, weights
 
 READ = 1 << 28  # bytes of data files that are read, at most
@@ -116,6 +117,8 @@ def _leak(material: Material) -> tuple[list[Finding], str]:
     config = material.config
     if material.train is None or config is None:
         return [], "the run's data cannot be read"
+    if isinstance(material.train, Corpus) and (draw(material.train).text == BOS).any():
+        return [], f"the text holds the byte {BOS}, which cannot be told from the beginning of a document"
     size = min(POSITIONS, config.batch_bytes)
     batch = next(PackStream(material.train, min(config.seq_len, size), size, config.seed))
 
