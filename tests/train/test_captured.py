@@ -190,6 +190,7 @@ def test_a_rollback_throws_the_graph_away(config, recorder):
 
         def start_step(trainer=trainer, start=start):
             if trainer.step == 6:
+                trainer.guards.sound = 6
                 trainer._answer([Event("loss_spike", "a spike", "rollback")])
             return start()
 
