@@ -21,6 +21,8 @@ MARGIN = 5  # seconds for the last bytes to leave after texts were cut
 class Server(uvicorn.Server):
     """Stops at SIGTERM or SIGINT: no new requests, `grace` seconds for those there are; a second signal cuts them."""
 
+    should_exit: bool  # uvicorn's
+
     def __init__(self, app: FastAPI, worker: Worker, grace: float, ready: Callable[[], None]) -> None:
         super().__init__(uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", server_header=False,
