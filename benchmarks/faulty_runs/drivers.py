@@ -23,7 +23,7 @@ def zero_rarely(trainer: Trainer) -> None:
         if calls[0] % every == 0:
             zero()
 
-    trainer.optimizers.zero_grad = sometimes  # type: ignore[method-assign]
+    trainer.optimizers.zero_grad = sometimes
 
 
 def leak(trainer: Trainer) -> None:
@@ -44,7 +44,7 @@ def stop_at_a_third(trainer: Trainer) -> None:
         trainer.stop = trainer.stop or trainer.step + 1 >= last
         return start()
 
-    trainer.start_step = until  # type: ignore[method-assign]
+    trainer.start_step = until
 
 
 def dead_router(trainer: Trainer) -> None:
@@ -87,7 +87,7 @@ def forget_on_resume(trainer: Trainer) -> None:
             trainer.schedule.cut *= 2
         return start()
 
-    trainer.start_step = resumed  # type: ignore[method-assign]
+    trainer.start_step = resumed
 
 
 def write_sampling(config: RunConfig) -> None:

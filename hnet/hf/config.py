@@ -91,7 +91,7 @@ class HNetConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the outermost stage, which embeddings and head have."""
-        return self.d_model[0]  # type: ignore[index]
+        return self.native().d_model[0]
 
     @property
     def num_hidden_layers(self) -> int:

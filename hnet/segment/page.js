@@ -1,8 +1,6 @@
-"use strict";
 /* The page holds the text as bytes, and for every byte its loss, of how many stages a chunk begins there, and the
    probability of a boundary of each stage. Blocks of about 4 kB are plain text until they come near the view. */
 
-const $ = (id) => document.getElementById(id);
 const BLOCK = 4096, LONGEST = 8192, FULL = 65535, SHOWN_BYTES = 48;
 const INVALID = 9;
 
@@ -379,12 +377,6 @@ $("stages").addEventListener("change", (e) => {
   shown = now;
   keys();
   soon();
-});
-
-$("theme").addEventListener("click", () => {
-  const set = document.documentElement.dataset.theme;
-  const dark = set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
 });
 
 makeBlocks();

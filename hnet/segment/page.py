@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import base64
-import html
-import json
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from typing import TextIO
 
 import numpy as np
 
 from .boundaries import Segmentation
+from .frame import begin, end, for_script
 
 FULL = 65535  # probability 1; losses are in thousandths of a nat, up to 65.535
 RECORD = 1 << 16  # bytes of text in one script element, about
 
-HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<header>
-<h1 dir="auto">{title}</h1>
-<p id="summary"></p>
+HEADER = """<p id="summary"></p>
 <div id="controls">
 <fieldset id="stages"><legend>Chunks of</legend></fieldset>
 <label for="threshold">Hide chunks under p <input type="range" id="threshold" min="0.5" max="1" step="0.01" value="0.5">
@@ -42,11 +27,12 @@ HEAD = """<!doctype html>
 <div id="about" aria-live="polite"></div>
 <div class="scroll"><table id="bytes"></table></div>
 <p class="help">Hover, tap, or Tab and the arrow keys; Home and End go to the ends of a line. Fainter: less sure.
-<span class="x">E0·B0</span> are bytes of a character that chunks share; ◌ stands where a mark is cut from its letter.</p>
+<span class="x">E0·B0</span> are bytes of a character that chunks share; ◌ stands where a mark is cut from its
+letter.</p>
 </aside>
 <noscript>This page draws its text with JavaScript.</noscript>
 <script type="application/json" id="about-data">{about}</script>
-"""  # noqa: E501
+"""
 
 
 def write_page(
@@ -66,10 +52,7 @@ def write_page(
         shown: numbers of the stages to show at first, outermost first. Default: all.
     """
     about = {"stages": stages, "shown": list(range(stages)) if shown is None else list(shown), "model": model}
-    here = files(__package__)
-    out.write(
-        HEAD.format(title=html.escape(title), css=here.joinpath("page.css").read_text("utf-8"), about=_json(about))
-    )
+    out.write(begin(title, "chunks") + HEADER.format(about=for_script(about)))
     record: list[Segmentation] = []
     for piece in found:
         record.append(piece)
@@ -78,7 +61,7 @@ def write_page(
             record = []
     if record:
         out.write(_script(record))
-    out.write(f"<script>\n{here.joinpath('page.js').read_text('utf-8')}</script>\n</body>\n</html>\n")
+    out.write(end("page.js"))
 
 
 def _script(record: list[Segmentation]) -> str:
@@ -90,7 +73,7 @@ def _script(record: list[Segmentation]) -> str:
         "depth": _base64(np.concatenate([p.depth for p in record]).tobytes()),
         "prob": [_base64(_uint16(np.concatenate([s.probability for s in stage]) * FULL)) for stage in stages],
     }
-    return f'<script type="application/json" class="piece">{_json(data)}</script>\n'
+    return f'<script type="application/json" class="piece">{for_script(data)}</script>\n'
 
 
 def _uint16(x: np.ndarray) -> bytes:
@@ -99,8 +82,3 @@ def _uint16(x: np.ndarray) -> bytes:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _json(value: object) -> str:
-    """For a script element: nothing in it can end one."""
-    return json.dumps(value).replace("<", "\\u003c")

@@ -1,8 +1,6 @@
-"use strict";
 /* data: for every evaluation its numbers, and for every line and stage parts of chunks: [offset in bytes or -1 where a
    part goes on with its chunk, text, whether that is hex, whether a chunk begins there]. */
 
-const $ = (id) => document.getElementById(id);
 const { stages, evaluations } = JSON.parse($("data").textContent);
 let at = evaluations.length - 1, stage = 0, playing = 0;
 
@@ -116,10 +114,5 @@ $("play").addEventListener("click", () => {
   const next = () => { at++; show(); if (at === evaluations.length - 1) stop(); };
   playing = setInterval(next, 700);
   next();
-});
-$("theme").addEventListener("click", () => {
-  const set = document.documentElement.dataset.theme;
-  const dark = set ? set === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
 });
 show();

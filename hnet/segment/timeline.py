@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,23 +11,12 @@ import numpy as np
 from hnet.errors import MissingPath
 from hnet.metrics_log import read_metrics
 
+from .frame import begin, end, for_script
+
 HELD_OUT = "held_out.jsonl"  # as hnet.train writes it
 MOST = 200  # evaluations; of more, so many spread evenly
 
-HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body class="timeline">
-<header>
-<h1 dir="auto">{title}</h1>
-<p id="summary" aria-live="polite"></p>
+HEADER = """<p id="summary" aria-live="polite"></p>
 <div id="controls">
 <label for="evaluation">Evaluation <input type="range" id="evaluation" min="0" max="{last}" value="{last}"></label>
 <button type="button" id="play">Play</button>
@@ -42,11 +28,7 @@ HEAD = """<!doctype html>
 <main id="text"></main>
 <noscript>This page draws its lines with JavaScript.</noscript>
 <script type="application/json" id="data">{data}</script>
-<script>
-{js}</script>
-</body>
-</html>
-"""  # noqa: E501
+"""
 
 
 def timeline(run: str | Path) -> str:
@@ -66,12 +48,9 @@ def timeline(run: str | Path) -> str:
     chosen = np.linspace(0, len(steps) - 1, min(MOST, len(steps))).round().astype(int)
     evaluations = [_evaluation(s, kept[s], rows.get(s, {})) for s in (steps[i] for i in chosen)]
     stages = max(len(line["starts"]) for line in kept[steps[-1]])
-    data = json.dumps({"stages": stages, "evaluations": evaluations}).replace("<", "\\u003c")
-    here = files(__package__)
-    return HEAD.format(
-        title=html.escape(str(run)), last=len(evaluations) - 1, data=data,
-        css=here.joinpath("page.css").read_text("utf-8"), js=here.joinpath("timeline.js").read_text("utf-8"),
-    )  # fmt: skip
+    data = for_script({"stages": stages, "evaluations": evaluations})
+    header = HEADER.format(last=len(evaluations) - 1, data=data)
+    return begin(str(run), "timeline") + header + end("timeline.js")
 
 
 def _evaluation(step: int, lines: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
