@@ -299,8 +299,15 @@ function go(i) {
   const c = span(current);
   c.tabIndex = 0;
   c.focus({ preventScroll: true });
-  c.scrollIntoView({ block: "nearest" });
   if (left !== block && !left.near) plain(left);
+  keepInView(c, 4);
+}
+
+/* Blocks get their true heights only as they come into view, and what is below them moves. */
+function keepInView(c, frames) {
+  if (document.activeElement !== c) return;
+  c.scrollIntoView({ block: "nearest" });
+  if (frames) requestAnimationFrame(() => keepInView(c, frames - 1));
 }
 
 const lineStart = (i) => { while (i > 0 && text[i - 1] !== 10) i--; return i; };
