@@ -18,7 +18,8 @@ from .options import ManyValues, config_options, given
 NAMES: dict[type[RunConfig], tuple[str, str]] = {
     TrainConfig: ("an H-Net", "hnet train"), ChunkLMTrainConfig: ("a ChunkLM", "hnet train-chunk-lm"),
 }  # fmt: skip
-HNETS_ALONE = {"init_from", "freeze"}  # no mark of an H-Net's file: somebody may look for them in a ChunkLM's run
+# no mark of an H-Net's file: somebody may look for them in a ChunkLM's run
+HNETS_ALONE = {"init_from", "freeze", *(f.name for f in fields(TrainConfig) if f.name.startswith("lora_"))}
 resume_option = click.option(
     "--resume", is_flag=False, flag_value="latest", metavar="[auto|latest|CHECKPOINT]",
     help="Go on from the latest checkpoint of --out, or from the one named; auto: if there is one, else start. Without "

@@ -19,6 +19,10 @@ def fork(
     """x (T, D) -> residual (T, D) in the dtype of its weight, autocast or not; q and k (T, D) as autocast has them; and
     x for the pool. That last one may have one consumer only, whose gradient is written on."""
     kind, dtype = x.device.type, x.dtype
+    if not all(isinstance(m, nn.Linear) for m in (residual_proj, q_proj, k_proj)):  # more than a weight: an adapter's
+        with torch.autocast(kind, enabled=False):
+            residual = residual_proj(x.to(residual_proj.weight.dtype))
+        return residual, q_proj(x), k_proj(x), x
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     return _Fork.apply(x, residual_proj.weight, residual_proj.bias, q_proj.weight, k_proj.weight, dtype)

@@ -50,6 +50,17 @@ class TrainConfig(RunConfig):
         "(the innermost network), of all stages, or stage0, stage0.router, or as in the model, with *: "
         "backbone.encoder.layers.0",
     )
+    lora_rank: int = key(
+        0, "train adapters of this rank (LoRA, through peft) instead of the weights of init_from; 0: none", low=0
+    )
+    lora_alpha: float = key(0.0, "adapters are scaled by lora_alpha / lora_rank; default: twice the rank", low=0)
+    lora_dropout: float = key(0.0, "share of what enters an adapter dropped in training", low=0, high=0.99)
+    lora_targets: list[str] = key(
+        [],
+        "linear maps that get an adapter: in_proj, out_proj, Wqkv, fc1, fc2, or as with freeze: encoder, stage1, "
+        "*.mixer.*; default: all of blocks",
+    )
+    lora_full: list[str] = key([], "parts that train whole beside the adapters, named as with freeze: router, lm_head")
     # compression
     compression: list[float] = key(
         [4.0],
@@ -182,6 +193,15 @@ class TrainConfig(RunConfig):
             config = dataclasses.replace(config, routing_cfg=routing)
         return config if found is None else agree(config, found, self.init_from)
 
+    def _validate_lora(self) -> None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_full"):
+            self.need(bool(self.lora_rank) or not getattr(self, name), name, "left out unless lora_rank is given")
+        if self.lora_rank:
+            self.need(bool(self.init_from), "init_from", "given where lora_rank is: adapters need weights to adapt")
+            self.need(not self.freeze, "freeze", "left out with lora_rank, which freezes all but lora_full")
+            self.need(not self.weight_ema, "weight_ema", "0 with lora_rank: adapters are not averaged")
+            self.need(self.parallel == "ddp", "parallel", "ddp with lora_rank: adapters cannot be sharded")
+
     def validate(self) -> TrainConfig:
         """Returns self, with compression as one target a stage. How many steps `epochs` are takes the data: see
         `hnet.train.start.settle_steps`.
@@ -201,6 +221,7 @@ class TrainConfig(RunConfig):
         need(self.compile in (True, False, "auto"), "compile", "true, false or auto")
         need(isinstance(self.ratio_weight, str) or self.ratio_weight >= 0, "ratio_weight", ">= 0 or auto")
         need(not self.d_model or bool(self.arch), "d_model", "left out unless arch is given")
+        self._validate_lora()
         routed = self.model().num_stages - 1
         self.compression = targets(self.compression, routed)
         if self.compression_start:

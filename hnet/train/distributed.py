@@ -34,6 +34,7 @@ from hnet.errors import UserError
 from hnet.model.checkpoint_format import save_pretrained
 from hnet.model.isotropic import Block
 
+from . import lora
 from .checkpoint import EMA, SHARDED, TRAINER
 from .optim import Optimizers
 from .shards import all_rows, sharded
@@ -178,6 +179,8 @@ def snapshot(
         if spread:
             os.rename(root / PARTIAL, folder / SHARDED)
             save_pretrained(model, folder, weights)
+        elif lora.adapted(model):
+            lora.save(model, folder)
         else:
             model.save_pretrained(folder)
         with (folder / TRAINER).open("wb") as f:  # given a path, torch.save loses the reason why a write failed

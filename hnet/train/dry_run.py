@@ -12,6 +12,7 @@ from hnet.device import pick_autocast, pick_device
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.cost import plan, positions_per_byte
 
+from . import lora
 from .config import TrainConfig
 from .freeze import freeze
 from .init_from import weights_file
@@ -63,6 +64,10 @@ def report(config: TrainConfig) -> str:
         with torch.device("meta"):
             still = freeze(HNetForCausalLM(architecture, device="meta"), c.freeze)
         lines.append(f"frozen     {still / 1e6:,.2f} M parameters, counted below as if they were trained")
+    if c.lora_rank:
+        with torch.device("meta"):
+            what = lora.adapt(HNetForCausalLM(architecture, device="meta"), c)
+        lines.append(f"lora       {what}; the rest is counted below as if it were trained")
     lines += [
         f"memory     {found.state_bytes / 2**20:,.0f} MiB weights, gradients and optimiser; about "
         f"{found.activation_bytes / 2**20:,.0f} MiB activations on {device} in {'bf16' if bf16 else 'fp32'}",

@@ -28,10 +28,12 @@ def decays(name: str, parameter: nn.Parameter, embeddings: bool = False) -> bool
 
 def muon_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters Muon orthogonalises: matrices inside blocks. Not embeddings and head, not the router (its
-    identity start matters), not Mamba's in_proj, which stacks five different maps and did worse than under AdamW."""
+    identity start matters), not Mamba's in_proj, which stacks five different maps and did worse than under AdamW, not
+    the factors of adapters (lora_rank)."""
     in_block = re.compile(r"(\.layers|^blocks)\.\d+\.")
     stacked = {id(m.in_proj.weight) for m in model.modules() if isinstance(m, Mamba2)}
-    matrices = (p for name, p in model.named_parameters() if in_block.search(name) and p.dim() == 2)
+    named = ((n, p) for n, p in model.named_parameters() if in_block.search(n) and ".lora_" not in n)
+    matrices = (p for _, p in named if p.dim() == 2)
     return {id(p) for p in matrices} - stacked
 
 
@@ -174,7 +176,7 @@ class Optimizers:
         saved = [[len(g["params"]) for g in part["param_groups"]] for part in state]
         if mine != saved:
             raise UserError(
-                "optimizer, decay_embeddings and freeze must be those of the run that goes on, which trained "
+                "optimizer, decay_embeddings, lora_* and freeze must be those of the run that goes on, which trained "
                 f"parameters in groups of {saved}, this one {mine}; to change them start anew, with init_from"
             )
         for part, s in zip(self.parts, state, strict=True):

@@ -48,6 +48,7 @@ from hnet.model.parameters import stage_parameters
 from hnet.model.router_metrics import decisiveness, router_sums
 from hnet.segment import render_plain, render_rich, segment
 
+from . import lora
 from .boundary_scores import BoundaryScores
 from .compile import compile_blocks, compile_wanted
 from .compression import Compression
@@ -91,6 +92,8 @@ class HNetTask:
         if config.freeze:
             still, total = freeze(self.model, config.freeze), sum(p.numel() for p in self.model.parameters())
             say(f"freeze: {still:,} of {total:,} parameters stay as they are")
+        if config.lora_rank:
+            say(f"lora: {lora.adapt(self.model, config)}")
         for i, stage in enumerate(self.model.stages()):
             chosen = config.recompute and (not config.recompute_stages or i in config.recompute_stages)
             for m in [stage.main_network] if stage.innermost else [stage.encoder, stage.decoder]:
@@ -111,7 +114,9 @@ class HNetTask:
         if not self.config.init_from:
             return []
         state, what = start_weights(self.config.init_from, self.model)
-        self.load_weights(state, Path(self.config.init_from))
+        if self.config.lora_rank:
+            state = lora.start_state(self.model, state)
+        self._load(state, self.config.init_from)
         return [Event("init_from", f"starts from {what}")]
 
     def prepare(self, step: int) -> None:
@@ -244,7 +249,13 @@ class HNetTask:
         pass
 
     def load_weights(self, state: dict[str, Tensor], where: Path) -> None:
-        load_state(self.model, spread_state_like(state, self.model.state_dict()), str(where))
+        """Of the checkpoint `where`."""
+        if self.config.lora_rank:
+            state = lora.resumed_state(self.model, state, where)
+        self._load(state, str(where))
+
+    def _load(self, state: dict[str, Tensor], where: str) -> None:
+        load_state(self.model, spread_state_like(state, self.model.state_dict()), where)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.compression.state_dict(), "flips": self.flips.state_dict()}

@@ -372,3 +372,33 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "hnet.hf")
     with pytest.raises(ValueError, match=r"hnet.hf needs transformers: pip install 'hnet-kernels\[hf\]'"):
         importlib.import_module("hnet.hf")
+
+
+@pytest.mark.parametrize("maps", [["in_proj", "Wqkv"], "all-linear"])
+def test_adapters_of_peft(model, native, tmp_path, maps):
+    """Every one learns, those on routers and residual projections too; saved, and merged, they say the same."""
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'hnet-kernels[lora]'")
+    ids = torch.randint(0, 250, (2, 40))
+    settings = peft.LoraConfig(r=2, target_modules=maps, task_type="CAUSAL_LM")
+    lm = peft.get_peft_model(copy.deepcopy(model), settings)
+    assert torch.equal(logits(lm, ids), logits(model, ids))
+    pairs = {n: p for n, p in lm.named_parameters() if "lora_B" in n}
+    linears = [n for n, m in native.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert len(pairs) == sum(maps == "all-linear" or n.endswith(("in_proj", "Wqkv")) for n in linears)
+    lm(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in pairs.values())
+    for p in pairs.values():
+        torch.nn.init.normal_(p, std=0.1)
+    text = lm.generate(input_ids=ids[:, :9], max_new_tokens=8, do_sample=False)
+    lm.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert torch.equal(logits(again, ids), logits(lm, ids))
+    merged = lm.merge_and_unload()
+    assert type(merged) is HNetForCausalLM
+    with torch.no_grad():
+        a, b, plain = merged(ids), again(ids), model(ids)
+    torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(a.logits, plain.logits, atol=0.01)
+    for x, y in zip(a.routing, b.routing, strict=True):
+        torch.testing.assert_close(x.boundary_prob, y.boundary_prob, rtol=1e-4, atol=2e-5)
+    assert torch.equal(merged.generate(input_ids=ids[:, :9], max_new_tokens=8, do_sample=False), text)
