@@ -36,6 +36,8 @@ def attention(
 
     Returns:
         out (T, heads, width), dtype of qkv, computed in fp32; padding rows are 0. The gradient goes to qkv.
+        On a CPU with AVX512-BF16, products of bf16 qkv multiply bf16 (rotated q and k, probabilities, gradients of
+        scores) and add up in fp32.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; a bad cu_seqlens (values are checked on CPU only).

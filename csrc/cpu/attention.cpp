@@ -3,11 +3,13 @@
 // A thread takes one head of one sequence: it lays out rotated keys and values in fp32 once, then walks over blocks of
 // kQueries queries, each against only the keys it may see. Scores of a block stand whole in the cache, so softmax needs
 // no running maximum, and the gradients of keys and values add up in one thread, in one order. The backward computes
-// the scores again, from `lse`, the logarithm of each query's sum.
+// the scores again, from `lse`, the logarithm of each query's sum. bf16 on a CPU that multiplies it: attention_bf16.h.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "attention_bf16.h"
+#include "attention_rows.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -17,8 +19,6 @@ namespace {
 
 constexpr int64_t kQueries = 32;
 constexpr int kTile = W == 16 ? 8 : 4;  // rows of a register tile, which is two vectors wide
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // --- small matrix products: C (M, N) = or += A (M, n) B (n, N). M is a multiple of kTile, N of W; A has any strides ---
 
@@ -53,33 +53,6 @@ inline void product(int64_t M, int64_t N, int64_t n, const float* A, int64_t rs,
 }
 
 // --- rows of one head, in fp32 ---------------------------------------------------------------------------------------
-
-// `scale` times a row; its first 2 * half entries turned by the angles of position t as well (turn 1), back (-1), or not (0)
-template <class From, class To>
-void turned(const Attention& a, const From* src, int64_t t, int turn, float scale, To* dst) {
-  int64_t from = 0;
-  if (turn && a.cos) {
-    const float *cos = a.cos + t * a.half, *sin = a.sin + t * a.half;
-    for_each_vector(a.half, [&](int64_t i, int64_t n) {
-      vf x = get(src + i, n), y = get(src + a.half + i, n), c = get(cos + i, n) * set1(scale), s = get(sin + i, n) * set1(turn * scale);
-      set(dst + i, x * c - y * s, n);
-      set(dst + a.half + i, x * s + y * c, n);
-    });
-    from = 2 * a.half;
-  }
-  for_each_vector(a.width - from, [&](int64_t i, int64_t n) { set(dst + from + i, get(src + from + i, n) * set1(scale), n); });
-}
-
-template <class E>
-void load_row(const Attention& a, const E* src, int64_t t, bool rotate, float scale, float* dst) {
-  turned(a, src, t, rotate ? 1 : 0, scale, dst);
-}
-
-// The gradient of load_row
-template <class E>
-void store_gradient(const Attention& a, const float* src, int64_t t, bool rotate, float scale, E* dst) {
-  turned(a, src, t, rotate ? -1 : 0, scale, dst);
-}
 
 void transpose(const float* rows, int64_t count, int64_t width, float* columns, int64_t ld) {
   for (int64_t j = 0; j < count; j += W) {
@@ -221,7 +194,7 @@ void bwd_head(const Attention& a, Scratch& x, int64_t first, int64_t length, int
   }
 }
 
-template <class E>
+template <class E, class Scratch>
 void run(const Attention& a, bool backward, int threads) {
   int64_t longest = 0, end = a.cu_seqlens[a.N];
   for (int64_t n = 0; n < a.N; ++n) longest = std::max<int64_t>(longest, a.cu_seqlens[n + 1] - a.cu_seqlens[n]);
@@ -247,14 +220,17 @@ void run(const Attention& a, bool backward, int threads) {
   }
 }
 
+void run(Dtype d, const Attention& a, bool backward, int threads) {
+#ifdef __AVX512BF16__
+  if (d == Dtype::bf16) return run<bf16, Bf16Scratch>(a, backward, threads);
+#endif
+  with_dtype(d, [&](auto e) { run<decltype(e), Scratch>(a, backward, threads); });
+}
+
 }  // namespace
 
-void attention_fwd(Dtype d, const Attention& a, int threads) {
-  with_dtype(d, [&](auto e) { run<decltype(e)>(a, false, threads); });
-}
-void attention_bwd(Dtype d, const Attention& a, int threads) {
-  with_dtype(d, [&](auto e) { run<decltype(e)>(a, true, threads); });
-}
+void attention_fwd(Dtype d, const Attention& a, int threads) { run(d, a, false, threads); }
+void attention_bwd(Dtype d, const Attention& a, int threads) { run(d, a, true, threads); }
 
 }  // namespace HNET_ISA
 }  // namespace hnet

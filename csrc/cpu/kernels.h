@@ -207,6 +207,7 @@ struct Kernels {
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
 
 // The table for this machine: the widest one compiled in and supported, or the one named by HNET_CPU_ISA.
 const Kernels& kernels();

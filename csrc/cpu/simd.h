@@ -108,6 +108,9 @@ inline vf load(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
 inline vf load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+#ifdef __AVX512BF16__
+inline __m256i pack_bf16(vf a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }  // below 2^-126 it gives 0
+#else
 inline __m256i pack_bf16(vf a) {
   __m512i u = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -116,6 +119,7 @@ inline __m256i pack_bf16(vf a) {
   r = _mm512_mask_mov_epi32(r, nan, _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40)));
   return _mm512_cvtepi32_epi16(r);
 }
+#endif
 inline __m256i pack_f16(vf a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 inline void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, vf a) { _mm256_storeu_si256((__m256i*)p, pack_bf16(a)); }

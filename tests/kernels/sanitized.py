@@ -24,6 +24,6 @@ def usable(isa: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(*filter(usable, ("baseline", "avx2", "avx512")))
+    print(*filter(usable, ("baseline", "avx2", "avx512", "avx512_bf16")))
 else:
     sys.modules["hnet_kernels._C"] = load(os.environ["HNET_SANITIZED"])

@@ -43,6 +43,13 @@ def test_widths(backend, heads, width, half):
     check(backend, [40, 0, 33], heads, width, 20, half)
 
 
+@pytest.mark.parametrize(("heads", "width", "half"), [(1, 1, 0), (3, 5, 1), (2, 33, 16), (1, 40, 16), (2, 64, 32)])
+@pytest.mark.parametrize("window", [-1, 50])
+def test_bf16_over_many_blocks_of_any_width(backend, heads, width, half, window):
+    """Where a CPU multiplies bf16: tiles of queries with the keys that they see, pairs of channels and of rows."""
+    check(backend, [140, 1, 0, 71], heads, width, window, half, torch.bfloat16)
+
+
 def test_padding_is_zero_and_has_no_gradient(backend):
     check(backend, [40, 33], 2, 16, 20, 8, padding=9)
     x = leaf(rand(82, 3, 2, 16))

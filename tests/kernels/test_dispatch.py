@@ -114,7 +114,7 @@ def test_preferences_that_are_none(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_agrees(isa):
     """The op tests again on another instruction set, in a process of its own."""
     env = {**os.environ, "HNET_CPU_ISA": isa}
