@@ -37,8 +37,8 @@ template <int M>
 inline void bf16_product(int64_t N, const pair* A, int64_t rs, int64_t cs, const pair* B, int64_t ldb, float* C, int64_t ldc, int64_t n,
                          bool add) {
   int64_t j = 0;
-  for (; N - j >= 4 * W || N - j == 2 * W; j += 2 * W) bf16_tile<M, 2>(A, rs, cs, B + j, ldb, C + j, ldc, n, add);
-  if (N - j == 3 * W) bf16_tile<M, 3>(A, rs, cs, B + j, ldb, C + j, ldc, n, add);
+  for (; N - j >= 5 * W || N - j == 3 * W; j += 3 * W) bf16_tile<M, 3>(A, rs, cs, B + j, ldb, C + j, ldc, n, add);
+  for (; N - j >= 2 * W; j += 2 * W) bf16_tile<M, 2>(A, rs, cs, B + j, ldb, C + j, ldc, n, add);
   if (N - j == W) bf16_tile<M, 1>(A, rs, cs, B + j, ldb, C + j, ldc, n, add);
 }
 
