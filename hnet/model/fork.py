@@ -7,6 +7,8 @@ and the residual's is added.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,8 +34,8 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual_weight, residual_bias, q_weight, k_weight, dtype):
         with torch.autocast(x.device.type, enabled=False):
-            residual = F.linear(x.to(residual_weight.dtype), residual_weight, residual_bias)
             rows = x.to(dtype)
+            residual = _linear(x.to(residual_weight.dtype), residual_weight, residual_bias, dtype)
             q, k = F.linear(rows, q_weight.to(dtype)), F.linear(rows, k_weight.to(dtype))
         ctx.save_for_backward(x, residual_weight, q_weight, k_weight)
         ctx.dtype = dtype
@@ -60,4 +62,22 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     if into.dtype == a.dtype:
         torch.addmm(into, a, b, out=into)
     else:
-        into.add_(a @ b)
+        into.add_(_linear(a, b.T, None, into.dtype))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, around: torch.dtype) -> Tensor:
+    """F.linear. fp32 among bf16 goes to oneDNN, where its neighbours go anyway: MKL, which PyTorch takes for fp32, runs
+    at less than half of the speed on AMD. Among fp32 it does not: oneDNN compiles for every number of rows it meets."""
+    onednn = around == torch.bfloat16 and x.dtype == torch.float32 and x.device.type == "cpu" and len(x)
+    if onednn and _ONEDNN is not None and not torch.compiler.is_compiling():
+        return _ONEDNN(x, weight.contiguous(), bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _onednn() -> Callable[..., Tensor] | None:
+    """What torch.compile calls for a linear layer on a CPU"""
+    namespace = getattr(torch.ops, "mkldnn", None)
+    return getattr(namespace, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+_ONEDNN = _onednn()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hnet_kernels as hk
+from hnet.model import fork as fork_module
 from hnet.model.fork import fork
 
 T, D = 40, 12
@@ -107,8 +108,26 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_kernels_of_the_backward():
+@pytest.mark.skipif(fork_module._ONEDNN is None, reason="PyTorch without oneDNN")
+def test_onednn_computes_the_residual_in_fp32():
+    """Among bf16 on a CPU: no further from fp64 than the product of PyTorch's own choice, and not the same call."""
+    x, linears = torch.randn(T, D).bfloat16(), modules(torch.float32)
+    x, seen = x.requires_grad_(), Kernels()
+    with torch.autocast("cpu", dtype=torch.bfloat16), seen:
+        residual = fork(x, *linears)[0]
+    (dx,) = torch.autograd.grad(residual.sum(), x)
+    assert "_linear_pointwise" in seen.names
+    want = x.double() @ linears[0].weight.double().T + linears[0].bias.double()
+    torch.testing.assert_close(residual.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dx[0].double(), linears[0].weight.double().sum(0), rtol=1e-2, atol=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        none = fork(x[:0], *linears)[0]
+    assert none.shape == (0, D)
+
+
+def test_kernels_of_the_backward(monkeypatch):
     """bf16 with an fp32 residual, as trained on a GPU; weights need their gradients in both forms."""
+    monkeypatch.setattr(fork_module, "_ONEDNN", None)
     counts = {}
     for name, form in (("fork", fork), ("apart", apart)):
         x, linears = torch.randn(T, D, dtype=torch.bfloat16).requires_grad_(), modules(torch.bfloat16, torch.float32)
