@@ -81,7 +81,7 @@ wheel: setup
 # The CPU kernels once more, built to stop at any access outside of an array and any undefined behaviour (GCC)
 SANITIZED := build/sanitize
 SANITIZED_TESTS := test_properties test_bad_input test_strides test_route test_entropy test_pool test_dechunk test_ema \
-  test_layer_ops test_attention
+  test_layer_ops test_attention test_linear ../model/test_native_step
 sanitize: setup
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps . -w $(SANITIZED) -C build-dir=$(SANITIZED)/cmake \
 	  -C cmake.define.HNET_SANITIZE=ON -C cmake.define.HNET_CUDA=OFF -C cmake.build-type=None

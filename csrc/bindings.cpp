@@ -16,6 +16,10 @@
 #include "cuda/bindings.h"
 #endif
 
+namespace hnet {
+void bind_step(pybind11::module_&);  // step_bindings.cpp
+}
+
 namespace py = pybind11;
 using namespace hnet;
 using ptr = uintptr_t;
@@ -364,4 +368,6 @@ PYBIND11_MODULE(_C, m) {
                                               as<float>(new_state)}, threads);
       },
       ARGS);
+
+  bind_step(m);
 }

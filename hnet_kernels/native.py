@@ -310,3 +310,14 @@ def rows_adamw(weight, exp_avg, exp_avg_sq, steps, rows, gradient, done, recent,
         "rows_adamw", weight, exp_avg, exp_avg_sq, steps, weight.shape[0], rows, gradient, len(rows), weight.shape[1],
         done, beta1, beta2, eps, recent, len(recent), tail,
     )  # fmt: skip
+
+
+def sample(logits, allowed, situation, seen, banned, adjust, noise, penalty, temperature, top_k, top_p, min_p):
+    """Bytes (n,) for logits (n, V) fp32, -1 where they are no numbers; the other arguments as in csrc/cpu/kernels.h."""
+    n, V = logits.shape
+    chosen = _empty(n, dtype=torch.int64)
+    _call(
+        "sample", logits, n, V, allowed, allowed.shape[0], situation, seen, banned, penalty, adjust, temperature, top_k,
+        top_p, min_p, noise, chosen,
+    )  # fmt: skip
+    return chosen

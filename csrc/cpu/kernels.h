@@ -177,6 +177,24 @@ struct DechunkStep {
   float* new_state;
 };
 
+struct Sample {
+  const float* logits;           // (n, V)
+  int64_t n, V;
+  const uint8_t* allowed;        // (situations, V)
+  const int64_t* situation;      // (n,) of `allowed`
+  const uint8_t *seen, *banned;  // (n, V), may be null
+  const float *penalty, *adjust;  // (n,) read with `seen`; (n, V), may be null
+  const float* temperature;      // (n,) 0: the most probable
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const double* noise;           // (n, V) > 0, read where temperature is not 0
+  int64_t* chosen;               // (n,) -1: there is no number to choose by
+};
+
+struct Linear;     // step.h
+struct StepModel;
+struct StepCall;
+
 struct Kernels {
   const char* isa;
   void (*route_fwd)(Dtype, const RouteFwd&, int threads);
@@ -202,6 +220,9 @@ struct Kernels {
   void (*rows_sum)(const RowsSum&, int threads);
   void (*rows_gradient)(const RowsGradient&, int threads);
   void (*rows_adamw)(const RowsAdamW&, int threads);
+  void (*linear)(const Linear&, const float* x, int64_t n, float* y, int threads);
+  void (*step)(StepModel&, const StepCall&, int threads);
+  void (*sample)(const Sample&);
 };
 
 const Kernels& kernels_baseline();

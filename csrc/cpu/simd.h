@@ -25,6 +25,7 @@ struct f16 {
 };
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return float(x); }
 inline float to_float(bf16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
   float f;
@@ -108,6 +109,7 @@ inline vf load(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
 inline vf load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline vf load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 #ifdef __AVX512BF16__
 inline __m256i pack_bf16(vf a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }  // below 2^-126 it gives 0
 #else
@@ -163,6 +165,7 @@ inline vf load(const bf16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
 inline vf load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+inline vf load(const int8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
 inline __m128i pack_bf16(vf a) {
   __m256i u = _mm256_castps_si256(a.v), hi = _mm256_srli_epi32(u, 16);
   __m256i odd = _mm256_and_si256(hi, _mm256_set1_epi32(1));
@@ -238,6 +241,24 @@ inline void stream_fence() {}
 #endif
 
 inline vf zero() { return set1(0.f); }
+
+// y[i] = sum(a[i]), each added up in the same order, four of them for little more than one.
+inline void sum4(const vf* a, float* y) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i].v), _mm512_extractf32x8_ps(a[i].v, 1));
+#else
+    half[i] = a[i].v;
+#endif
+  }
+  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  for (int i = 0; i < 4; ++i) y[i] = sum(a[i]);
+#endif
+}
 
 // e^x to 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, n into the exponent. Past +-87 it stays where it is.
 inline vf exp(vf x) {

@@ -31,6 +31,9 @@ void cross_entropy_bwd(Dtype, const CrossEntropy&, int);
 void rows_sum(const RowsSum&, int);
 void rows_gradient(const RowsGradient&, int);
 void rows_adamw(const RowsAdamW&, int);
+void linear(const Linear&, const float*, int64_t, float*, int);
+void step(StepModel&, const StepCall&, int);
+void sample(const Sample&);
 }  // namespace HNET_ISA
 
 const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
@@ -40,6 +43,7 @@ const Kernels& HNET_CAT(kernels_, HNET_ISA)() {
       HNET_ISA::rms_norm_fwd, HNET_ISA::rms_norm_bwd, HNET_ISA::gated_conv_fwd, HNET_ISA::gated_conv_bwd,
       HNET_ISA::attention_fwd, HNET_ISA::attention_bwd, HNET_ISA::swiglu_fwd, HNET_ISA::swiglu_bwd,
       HNET_ISA::cross_entropy_fwd, HNET_ISA::cross_entropy_bwd, HNET_ISA::rows_sum, HNET_ISA::rows_gradient, HNET_ISA::rows_adamw,
+      HNET_ISA::linear, HNET_ISA::step, HNET_ISA::sample,
   };
   return table;
 }

@@ -23,6 +23,7 @@ from hnet.data.streaming import DocumentStream
 from hnet.device import pick_autocast, pick_device
 from hnet.errors import UserError
 from hnet.model.causal_lm import HNetForCausalLM
+from hnet.model.int8 import quantize
 from hnet.model.score import Score
 from hnet.train.checkpoint import RUN
 from hnet.train.evaluation import evaluate_hnet
@@ -57,7 +58,10 @@ SEQ_LEN = 8192  # of the published models, where no run says otherwise
     help="Also bits per byte of the text in upper and random case, spaced out, with dropped and repeated characters.",
 )  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
+    help="Of activations, by autocast; int8: weights as `hnet generate --dtype int8` has them.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     model: str, files: tuple[str, ...], limit: int | None, pattern: str, documents: str | None, text_key: str | None,
@@ -83,7 +87,11 @@ def evaluate(
     lm = load(path, where)
     if ema:
         load_average(lm, path)
-    low = pick_autocast(dtype, where)
+    if dtype == "int8":
+        if where.type != "cpu" or isinstance(lm, ChunkLM):
+            raise UserError("--dtype int8 is for an H-Net on a CPU")
+        quantize(lm)
+    low = None if dtype == "int8" else pick_autocast(dtype, where)
 
     def autocast() -> AbstractContextManager:
         return nullcontext() if low is None else torch.autocast(where.type, dtype=low)

@@ -13,6 +13,7 @@ from hnet.config.keys import read_json
 from hnet.errors import MissingPath, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
 from hnet.model.checkpoint_format import CONFIG, read_weights
+from hnet.model.int8 import quantize
 from hnet.train.checkpoint import EMA, latest_checkpoint
 
 
@@ -40,14 +41,20 @@ def is_chunk_lm(path: str) -> bool:
 
 
 def load(model: str, device: torch.device, dtype: str = "fp32") -> HNetForCausalLM | ChunkLM:
-    """The model, whichever it is, in evaluation mode, with weights of `dtype`: fp32, bf16, or auto, which is bf16 on a
-    GPU and fp32 on a CPU (a byte at a time, casting every weight anew as autocast does would cost more than it saves).
+    """The model, whichever it is, in evaluation mode, with weights of `dtype`: fp32, bf16, int8 (an H-Net's projections
+    on a CPU) or auto, which is bf16 on a GPU and fp32 on a CPU (a byte at a time, casting every weight anew as
+    autocast does would cost more than it saves).
+
+    Raises:
+        UserError: int8 for a ChunkLM or on a GPU.
     """
     path = checkpoint_of(model)
+    if dtype == "int8" and (device.type != "cpu" or is_chunk_lm(path)):
+        raise UserError("--dtype int8 is for an H-Net on a CPU")
     lm: Any = (ChunkLM if is_chunk_lm(path) else HNetForCausalLM).from_pretrained(path, device=device).eval()
     if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
         getattr(lm, "cast", lm.to)(torch.bfloat16)
-    return lm
+    return quantize(lm) if dtype == "int8" else lm
 
 
 def load_hnet(model: str, device: torch.device, dtype: str = "fp32") -> HNetForCausalLM:

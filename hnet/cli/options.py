@@ -93,8 +93,8 @@ def _show(value: Any) -> str:
 def device_options(command: Callable) -> Callable:
     """--device and --dtype of the commands that run a model."""
     dtype = click.option(
-        "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
-        help="auto: bf16 on a GPU, fp32 on a CPU.",
+        "--dtype", type=click.Choice(["auto", "fp32", "bf16", "int8"]), default="auto", show_default=True,
+        help="Of weights. auto: bf16 on a GPU, fp32 on a CPU. int8: projections of an H-Net on a CPU.",
     )  # fmt: skip
     device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
     return device(dtype(command))

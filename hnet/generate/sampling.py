@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hnet_kernels import dispatch, eager, native
+
 from .config import SamplingConfig
 from .history import History, allowed_table
 
@@ -34,6 +36,8 @@ class Sampler:
         self.allowed = torch.from_numpy(allowed_table(vocab)).to(device)
         self.configs: list[SamplingConfig] = []
         self.settings: dict[str, Tensor] = {}
+        self.fused = device.type == "cpu" and dispatch.native_error() is None
+        self.columns: list[Tensor] = []  # the settings of all rows for the extension
 
     def __call__(self, logits: Tensor, rows: Sequence[History]) -> list[Choice]:
         """The next byte of every text. The one wait for the device."""
@@ -55,6 +59,8 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[History]) -> Tensor:
         """(n, vocab) -> (n,) int64, on the device, which the host does not wait for. -1 where a row is no numbers."""
         self._use([row.config for row in rows])
+        if self.fused and dispatch.in_force() in ("auto", "cpu") and not eager.observed():
+            return self._sample_fused(logits, rows)
         x = logits.float()
         highest = x.amax(-1)
         if "repetition_penalty" in self.settings:
@@ -78,6 +84,21 @@ class Sampler:
             chosen = torch.where(self.settings["greedy"], chosen, (probs / noise).argmax(-1))
         return torch.where(finite, chosen, -1)
 
+    def _sample_fused(self, logits: Tensor, rows: Sequence[History]) -> Tensor:
+        """The same in one call of the extension."""
+        configs = self.configs
+        seen = banned = adjust = noise = None
+        if "repetition_penalty" in self.settings:
+            seen = self._bytes(rows, History.mark_seen, lambda c: c.repetition_penalty > 1, bool)
+        if any(c.adjusts for c in configs):
+            adjust = self._bytes(rows, History.adjust, lambda c: c.adjusts, np.float32)
+        if any(c.no_repeat_ngram for c in configs):
+            banned = self._bytes(rows, History.mark_banned, lambda c: c.no_repeat_ngram > 0, bool)
+        if "temperature" in self.settings:
+            noise = self._bytes(rows, History.fill_noise, lambda c: c.temperature > 0, np.float64)
+        situation = torch.tensor([row.situation for row in rows])
+        return native.sample(logits.float(), self.allowed, situation, seen, banned, adjust, noise, *self.columns)
+
     def _use(self, configs: list[SamplingConfig]) -> None:
         """Upload settings, (n, 1) each, where they are not those of the step before."""
         if len(configs) == len(self.configs) and all(a is b for a, b in zip(configs, self.configs, strict=True)):
@@ -98,6 +119,14 @@ class Sampler:
                 self.settings["top_k"] = column([min(c.top_k or self.vocab, self.vocab) for c in configs], np.int64)
                 self.settings["top_p"] = column([c.top_p for c in configs], np.float32)
                 self.settings["min_p"] = column([c.min_p for c in configs], np.float32)
+        if self.fused:
+            self.columns = [
+                column([c.repetition_penalty for c in configs], np.float32),
+                column([max(c.temperature, COLD) if c.temperature else 0 for c in configs], np.float32),
+                column([min(c.top_k or self.vocab, self.vocab) for c in configs], np.int64),
+                column([c.top_p for c in configs], np.float32),
+                column([c.min_p for c in configs], np.float32),
+            ]
 
     def _bytes(
         self, rows: Sequence[History], fill: Callable[[History, np.ndarray], None],

@@ -154,10 +154,15 @@ class StageCache:
             state[to] = state[source]
         self.seen[to] = seen
 
+    def reserve(self, named: list[int]) -> None:
+        """Make room for one new position of each of these slots."""
+        longest = max(self.seen[s] for s in named) + 1
+        for layer in self.attention():
+            layer.reserve(longest)
+
     def rows(self, named: list[int]) -> Rows:
         """For one new position of each of these slots, for which there is room afterwards."""
-        for layer in self.attention():
-            layer.reserve(max(self.seen[s] for s in named) + 1)
+        self.reserve(named)
         if named == list(range(len(named))):
             return Rows(self.places[: len(named)], self.length, "first")
         order = "all" if len(named) == len(self.seen) else "some"
@@ -187,6 +192,8 @@ class HNetCache:
     max_length: int
     run: Callable[..., tuple[Tensor, ...]] = run_directly
     recent: Tensor | None = None  # (B, n) int64, the last bytes of every slot, for embeddings of n-grams
+    fused: bool = False  # steps may be one call of the extension
+    native: Any = None  # `native_step.NativeStep`, once there was one
 
     def recall(self, named: list[int], new: Tensor) -> Tensor:
         """The bytes before the new one of these slots, and it, a row each; it is remembered."""

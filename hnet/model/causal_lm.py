@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import hnet_kernels as hk
 from hnet.config import HNetConfig
 
+from . import native_step
 from .cache import HNetCache, run_directly, upload
 from .checkpoint_format import find_config, find_weights, load_state, read_weights, save_pretrained
 from .decode_graphs import EXACT, Graphs
@@ -168,7 +169,8 @@ class HNetForCausalLM(nn.Module):
         if self.ngrams is not None:
             shape = (batch_size, self.ngrams.longest - 1)
             recent = torch.zeros(shape, dtype=torch.int64, device=self.embeddings.weight.device)
-        return HNetCache(root, batch_size, max_length, run or run_directly, recent)
+        fused = not run and self.embeddings.weight.device.type == "cpu"
+        return HNetCache(root, batch_size, max_length, run or run_directly, recent, fused)
 
     @torch.inference_mode()
     def prefill(
@@ -229,6 +231,10 @@ class HNetForCausalLM(nn.Module):
             raise ValueError(f"input_ids must be one byte a slot, shape ({len(named)},), got {tuple(input_ids.shape)}")
         if max(cache.root.seen[s] for s in named) >= cache.max_length:
             raise ValueError(f"a slot has reached the cache's max_length, {cache.max_length}")
+        for stage in cache.root.stages() if cache.fused else ():
+            stage.reserve(named)
+        if (native := native_step.of(self, cache)) is not None:
+            return native(input_ids, named)
         x = self.embeddings(input_ids)
         if self.ngrams is not None:
             x = x + self.ngrams(cache.recall(named, input_ids))

@@ -5,7 +5,8 @@
 On a GPU mamba-ssm's Triton scan runs where it is installed, else `hnet_kernels.mamba2`: all between the two projections
 in kernels of our own. A backend named by hand ("triton", "reference") goes first. On a CPU, and while a cache is
 filled, the same recurrence as matrix products (`ssd`); "triton" runs the kernels in Triton's interpreter there. A
-decoding step is plain PyTorch everywhere: its launches, of a few rows each, are for a captured graph to save.
+decoding step is plain PyTorch, whose launches, of a few rows each, are for a captured graph to save on a GPU, or on a
+CPU part of the one call of hnet/model/native_step.py.
 """
 
 from __future__ import annotations

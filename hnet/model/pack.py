@@ -87,6 +87,10 @@ class Pack:
 
 def rotary(position: Tensor, dim: int, base: float = 1e4) -> tuple[Tensor, Tensor]:
     """cos, sin (T, 1, 1, dim / 2) fp32"""
-    inv_freq = base ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
-    angle = (position.float()[:, None] * inv_freq)[:, None, None, :]
+    angle = (position.float()[:, None] * inverse_frequencies(dim, base, position.device))[:, None, None, :]
     return angle.cos(), angle.sin()
+
+
+def inverse_frequencies(dim: int, base: float = 1e4, device: torch.device | str = "cpu") -> Tensor:
+    """(dim / 2,) fp32"""
+    return base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)

@@ -70,8 +70,8 @@ def test_many_requests_through_few_slots_equal_each_alone(model):
 
 def test_slots_in_use_lie_first_so_a_step_gathers_nothing(model):
     engine, orders = Engine(model, slots=4, max_length=64), []
-    rows = type(engine.cache.root).rows
-    engine.cache.root.rows = lambda named: orders.append(named) or rows(engine.cache.root, named)
+    reserve = type(engine.cache.root).reserve
+    engine.cache.root.reserve = lambda named: orders.append(named) or reserve(engine.cache.root, named)
     asked = [engine.submit(b"abc", max_new_bytes=n, seed=n, stop_at_eos=False) for n in (2, 9, 4, 12)]
     run(engine)
     assert all(named == list(range(len(named))) for named in orders)

@@ -128,7 +128,7 @@ def test_every_instruction_set_agrees(isa):
         pytest.skip(probe.stderr.strip().splitlines()[-1])
     assert probe.stdout.strip() == isa
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, f"test_{op}.py") for op in ("route", "entropy", "pool", "dechunk", "ema")]
+    files = [os.path.join(here, f"test_{op}.py") for op in ("route", "entropy", "pool", "dechunk", "ema", "linear")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu and not 1024", *files],
         env=env,

@@ -32,6 +32,7 @@ def caches(model, batch, length, prompts):
     """The same prompts in a cache as it is and in one with graphs."""
     plain, captured = model.allocate_cache(batch, length), model.allocate_cache(batch, length, graphs=Graphs())
     captured.run = taped(captured)
+    plain.fused = False  # the same pieces, not the extension's one call
     torch.manual_seed(1)
     ids = torch.randint(0, 256, (sum(prompts),))
     for both in (plain, captured):
