@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,11 @@ from .thresholds import row, threshold
 GROWN = 10.0  # the end over the first third
 LONGEST = 4000  # rows in which a period is looked for
 CYCLES = 6  # at least so many of them
+LEAST = 18  # rows
+HIGH = 1.5  # times, top over bottom
+TWO = 1.35  # the same of two rows: two gradients added up are 1.4 to 2 times as long as one
 EXPLAINED = 0.6  # of the variance of log norm, by the place within the period
+HARDLY = 0.35  # the same, where the place of the lowest norms leaves no doubt
 
 
 class Burst(NamedTuple):
@@ -109,6 +114,13 @@ def clip_tight(log: Log) -> list[Finding]:
     span = (int(at[0]), int(at[-1]))
     if share > most.value:
         evidence.append(f"{most.source[0].upper()}{most.source[1:]}.")
+        end = g[len(g) // 2 :] / limit
+        if not after and end.min() >= 1 and end.max() < 2:
+            evidence.append(
+                f"In the second half the norm is {end.min():.3g} to {end.max():.3g} times the limit, never below it: "
+                "so are gradients that are clipped in place and never zeroed."
+            )
+            change.insert(0, "make sure that gradients are zeroed after every update (optimizer.zero_grad())")
         title = "Clipping is too tight: it acts at most steps"
         return [Finding("warning", "clip_tight", title, evidence, change, span, keys=keys)]
     if hit and hit.value > cut.value * limit:
@@ -126,15 +138,16 @@ class Sawtooth(NamedTuple):
     period: float  # steps
     ratio: float  # top over bottom of the mean tooth
     explained: float  # share of the variance
+    flat: bool = False  # it climbs for a few rows only and stays: gradients that are clipped in place
 
 
 def find_sawtooth(at: np.ndarray, g: np.ndarray) -> Sawtooth | None:
-    """A norm that climbs and falls back all at once, in equal periods of 3 rows or more (halves allowed: 100
-    micro-steps of 8 a step are 12.5 steps)."""
+    """A norm that falls back all at once, in equal periods of 2 rows or more (from 3 on also halves: 100 micro-steps of
+    8 a step are 12.5 steps), and in between climbs, or climbs and then stays where it is."""
     ok = g > 0
     at, g = at[ok][-LONGEST:], g[ok][-LONGEST:]
     n = len(g)
-    if n < 3 * CYCLES:
+    if n < LEAST:
         return None
     every = float(np.median(np.diff(at)))
     if every <= 0 or np.mean(np.abs(np.diff(at) - every) < 0.01 * every) < 0.9:
@@ -143,7 +156,7 @@ def find_sawtooth(at: np.ndarray, g: np.ndarray) -> Sawtooth | None:
     index = (at - at[0]) / every  # rows, gaps counted
     total = np.concatenate([[0.0], np.cumsum(x)])
     found: list[tuple[float, float, np.ndarray]] = []
-    for period in np.arange(3.0, n / CYCLES + 0.25, 0.5):
+    for period in [2.0, *np.arange(3.0, n / CYCLES + 0.25, 0.5)]:
         window = round(period)
         smooth = (total[window:] - total[:-window]) / window  # constant on what repeats itself
         low = window // 2
@@ -158,18 +171,38 @@ def find_sawtooth(at: np.ndarray, g: np.ndarray) -> Sawtooth | None:
         unexplained = float(np.mean((rest - profile[phase]) ** 2)) / variance
         found.append((1 - unexplained * (m - 1) / (m - bins), float(period), profile))
     best = max((f[0] for f in found), default=0.0)
-    if best < EXPLAINED:
+    if best < HARDLY:
         return None
-    explained, period, profile = next(
-        f for f in found if f[0] >= 0.95 * best
-    )  # the shortest: its multiples fit as well
+    # the shortest: its multiples fit as well
+    explained, period, profile = next(f for f in found if f[0] >= 0.95 * best)
     drop = np.roll(profile, -1) - profile
-    rotated = np.roll(profile, -(int(np.argmin(drop)) + 1))
-    height = float(rotated[-1] - rotated[0])
-    climbing = float(np.corrcoef(np.argsort(np.argsort(rotated)), np.arange(len(rotated)))[0, 1])  # Spearman's
-    if height < np.log(1.5) or climbing < 0.85 or -float(drop.min()) < 0.6 * np.ptp(profile):
+    tooth = np.roll(profile, -(int(np.argmin(drop)) + 1))  # from its bottom to its top
+    if -float(drop.min()) < 0.6 * np.ptp(profile):
         return None
-    return Sawtooth(period * every, float(np.exp(height)), explained)
+    height = float(tooth[-1] - tooth[0])
+    if period == 2:
+        found_it = height >= np.log(TWO) and explained >= EXPLAINED
+        return Sawtooth(2 * every, float(np.exp(height)), explained) if found_it else None
+    climbing = float(np.corrcoef(np.argsort(np.argsort(tooth)), np.arange(len(tooth)))[0, 1])  # Spearman's
+    if height >= np.log(HIGH) and climbing >= 0.85 and explained >= EXPLAINED:
+        return Sawtooth(period * every, float(np.exp(height)), explained)
+    height = float(np.median(tooth[len(tooth) // 2 :]) - tooth[0])
+    falls = float(np.max(np.maximum.accumulate(tooth) - tooth))  # on the way
+    flat = len(tooth) >= 4 and height >= np.log(HIGH) and falls < 0.25 * height
+    if flat and (explained >= EXPLAINED or _lowest(index, x, period)):
+        return Sawtooth(period * every, float(np.exp(height)), explained, flat=True)
+    return None
+
+
+def _lowest(index: np.ndarray, x: np.ndarray, period: float) -> bool:
+    """Whether the smallest norm of a period comes at the same place of it too often for chance."""
+    turn = (index // period).astype(int)
+    places = [index[turn == t][np.argmin(x[turn == t])] % period for t in range(int(turn[-1])) if (turn == t).any()]
+    away = np.abs(np.subtract.outer(places, places))
+    hits = int((np.minimum(away, period - away) < 1).sum(0).max())
+    share, n = min(2 / period, 1.0), len(places)  # of a period is that near
+    chance = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(hits, n + 1))
+    return chance * len(x) * period < 1e-3  # of all the periods and places that were tried
 
 
 def grad_sawtooth(log: Log) -> list[Finding]:
@@ -184,9 +217,15 @@ def grad_sawtooth(log: Log) -> list[Finding]:
         f"explains {percent(tooth.explained)} of its variation.",
         "Gradients that are added up over steps and zeroed only then do this: each update repeats all before it.",
     ]
+    if tooth.flat:
+        why[0] = (
+            f"Every {tooth.period:g} steps{in_micro} the norm falls to 1/{tooth.ratio:.3g} of what it is else, and is "
+            f"back within a few steps; this alone explains {percent(tooth.explained)} of its variation."
+        )
+        why.append("Where they are clipped in place, what is left over has the size of the limit: the norm soon stays.")
     change = ["zero the gradients after every update (optimizer.zero_grad()), not at every n-th micro-step"]
     title = "The gradient norm is a saw-tooth: gradients are zeroed too rarely"
-    sure = "high" if tooth.explained > 0.8 and tooth.ratio > 2 else ""
+    sure = "high" if tooth.explained > 0.8 and tooth.ratio > 2 and not tooth.flat else ""
     span = (int(at[0]), int(at[-1]))
     return [Finding("critical", "grad_sawtooth", title, why, change, span, confidence=sure)]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from .architecture import num_stages, parameters_of
 from .data import data_files
+from .gradients import LEAST
 from .runs import Log
 from .training import LOSS, VAL
 
@@ -91,12 +92,15 @@ def unexamined(log: Log) -> list[dict[str, str]]:
         else:
             at, _ = log.series("grad_norm", *(f"stage{i}/grad_norm" for i in log.stages("grad_norm")))
             every = float(np.median(np.diff(at))) if len(at) > 1 else 0.0
-            if len(at) < 18:
-                no("whether gradients are zeroed at every step", f"{len(at)} gradient norms, a period needs 18 or more")
+            if len(at) < LEAST:
+                no(
+                    "whether gradients are zeroed at every step",
+                    f"{len(at)} gradient norms, a period needs {LEAST} or more",
+                )
             elif every > 1:
                 no(
-                    f"whether gradients are zeroed every {3 * every:.0f} steps or oftener",
-                    f"norms are logged every {every:g} steps: a period shorter than 3 rows does not show",
+                    f"whether gradients are zeroed every {every:.0f} steps or oftener",
+                    f"norms are logged every {every:g} steps: a period shorter than 2 rows does not show",
                 )
         if "lr" not in log.columns and not log.stages("lr"):
             no("how the learning rate went", "no learning rate in the log")
