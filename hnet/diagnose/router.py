@@ -11,12 +11,14 @@ from .runs import Log
 from .series import percent, tail
 
 SEPARATED = 0.5  # p on boundaries less p elsewhere; runs without help reach 0.25, decided ones 0.85 to 1
+DECIDES = 300  # steps of an entropy or surprisal term at its full weight that decide a router; 48 do not
 LEAST_OFF = 0.2  # p elsewhere, where only F and G are logged: a bound, and so a note
 
 
 def undecided(log: Log) -> list[Finding]:
     """p on boundaries and elsewhere close together at the end of the log. Every router begins like this, so that it is
-    judged after the first quarter of the run, and once the entropy term, if there is one, has acted in full."""
+    judged after the first quarter of the run, and once the entropy term, if there is one, has acted in full; a warning
+    where no term decides it, or one has had the steps to."""
     out = []
     for i in sorted({*log.stages("p_on"), *log.stages("G")}):
         begin = _begin(log, i)
@@ -27,10 +29,17 @@ def undecided(log: Log) -> list[Finding]:
         evidence.append("At F = 1/N the ratio loss has no gradient for G: nothing in it decides the router.")
         if logged:
             evidence.append("See decisiveness.png (--out, or hnet plot).")
-        severity, title = ("warning", "is") if logged else ("note", "looks")
-        span = (int(begin), log.last_step)
-        title = f"The router of stage {i} {title} undecided"
+        severity, title = ("warning", "is undecided") if logged else ("note", "looks undecided")
         keys, change = _change(log, i)
+        if (acted := _acted(log, i)) is not None and acted < DECIDES:
+            severity, title, keys = "note", "has not decided yet", {}
+            evidence.append(
+                f"What decides it (entropy_weight, surprisal_weight) acted in full for {max(acted, 0):.0f} steps; a "
+                "few hundred are usual."
+            )
+            change = ["judge it in a longer run; in this one nothing is wrong with it"]
+        span = (int(begin), log.last_step)
+        title = f"The router of stage {i} {title}"
         out.append(Finding(severity, "undecided", title, evidence, change, span, i, keys))
     return out
 
@@ -84,6 +93,16 @@ def _begin(log: Log, stage: int) -> float:
         full = log.number("entropy_start", default=0) + log.number("entropy_warmup", default=0)
         begin = max(begin, min(full + 0.1, 1) * total)
     return begin
+
+
+def _acted(log: Log, stage: int) -> float | None:
+    """Steps for which a term that decides the router has had its full weight; None where there is no such term."""
+    full = []
+    if _weight(log, "entropy_weight", stage):
+        full.append(log.number("entropy_start", default=0) + log.number("entropy_warmup", default=0))
+    if _weight(log, "surprisal_weight", stage):
+        full.append(log.number("surprisal_warmup", default=0))
+    return log.last_step - max(full) * log.total_steps if full else None
 
 
 def _change(log: Log, stage: int) -> tuple[dict[str, Any], list[str]]:

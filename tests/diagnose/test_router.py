@@ -13,6 +13,8 @@ from hnet.train.config import TrainConfig
 
 from .logs import after, findings, healthy_rows, write_run
 
+EARLY = {"entropy_start": 0.0, "entropy_warmup": 0.1}  # acts in full from step 40 on
+
 
 def with_p(rows, on, off, stage=0, **more):
     """p on boundaries and elsewhere as functions of the step, F = 1/4, and what follows from them."""
@@ -72,13 +74,25 @@ def test_it_is_judged_when_it_can_be(tmp_path):
     late = with_p(healthy_rows(), lambda s: 0.6, lambda s: 0.4)
     f = findings(write_run(tmp_path / "e", late, **waits))["undecided"]
     assert f.steps == (320, 400)
+    assert (f.severity, f.keys) == ("note", {})  # the term has acted in full for 120 steps
+    assert "acted in full for 120 steps" in " ".join(f.evidence)
+    f = findings(write_run(tmp_path / "f", late, entropy_weight=[0.1], **EARLY))["undecided"]
+    assert f.severity == "warning"  # 360 steps
     assert f.keys["entropy_weight"] == [0.2]
     assert "entropy_weight is 0.1 now; a smaller entropy_start helps too" in f.change
 
 
 def test_weights_by_stage(tmp_path):
     rows = with_p(with_p(healthy_rows(), lambda s: 0.6, lambda s: 0.4), lambda s: 0.6, lambda s: 0.4, stage=1)
-    run = write_run(tmp_path / "a", rows, compression=[4.0, 4.0], preset="small_2stage", entropy_weight=[0.1, 0.0])
+    run = write_run(
+        tmp_path / "a",
+        rows,
+        compression=[4.0, 4.0],
+        preset="small_2stage",
+        entropy_weight=[0.1, 0.0],
+        entropy_start=0.0,
+        entropy_warmup=0.1,
+    )
     outer, inner = [f for f in diagnose(read_log(run)) if f.name == "undecided"]
     assert any("0.1 now" in c for c in outer.change)
     assert any("--entropy-weight" in c for c in inner.advice)
@@ -102,7 +116,7 @@ def test_older_and_foreign_logs_by_F_and_G(tmp_path):
 def test_advice_names_keys_that_exist(tmp_path):
     keys = {f.name for f in fields(TrainConfig)}
     rows = with_p(healthy_rows(), lambda s: 0.63, lambda s: 0.38)
-    for i, config in enumerate(({}, {"entropy_weight": [0.1]}, {"surprisal_weight": [0.05]})):
+    for i, config in enumerate(({}, {"entropy_weight": [0.1], **EARLY}, {"surprisal_weight": [0.05]})):
         change = findings(write_run(tmp_path / str(i), rows, **config))["undecided"].advice
         named = {n.replace("-", "_") for n in re.findall(r"(?<=--)[\w-]+|\b\w+_\w+\b", " ".join(change))}
         assert named
