@@ -58,6 +58,21 @@ CATALOGUE: dict[str, Entry] = {
                 "the gradient norm rises and falls back in equal periods: gradients are not zeroed at every step",
                 "the training loop zeroes gradients at every update, and batches have a period of their own",
             ),
+            "not_learning": (
+                "high",
+                "the loss stays where an untrained model's is",
+                "the text is random, so that there is nothing to learn",
+            ),
+            "too_good": (
+                "medium",
+                "the held-out loss is lower than any model of text reaches",
+                "the text is so regular that bits a byte of a compressor are as few",
+            ),
+            "not_reproduced": (
+                "high",
+                "the checkpoint does not have the held-out loss that was logged at its step",
+                "the data or the split changed since",
+            ),
             "unfinished": (
                 "high",
                 "the log ends before the steps that were planned",
@@ -90,6 +105,11 @@ CATALOGUE: dict[str, Entry] = {
                 "the learning rate ends high, or never decays",
                 "a decay of the last part brings no lower loss",
             ),
+            "lr_gone": (
+                "high",
+                "the learning rate is zero, or down long before the last step",
+                "the last part was meant to be without learning, to average weights say",
+            ),
             "cutoff_regressed": ("high", "the cutoff of a ChunkLM went back", "two runs write into one log"),
             "resume_lr": ("high", "resuming changed the learning rate", "the change was asked for"),
             "resume_loss": ("medium", "the loss jumped on resuming", "the data changed on purpose"),
@@ -117,7 +137,11 @@ CATALOGUE: dict[str, Entry] = {
                 "a run of equal cost with growing widths is no better",
             ),
             "weights_broken": ("high", "weights hold NaN or infinity", "another checkpoint of that step is whole"),
-            "weights_untrained": ("high", "matrices are zero after training", "they are not used, on purpose"),
+            "weights_untrained": (
+                "high",
+                "matrices are zero after training, or norms of a stage all 1",
+                "they are not used, or frozen, on purpose",
+            ),
             "weights_grown": ("medium", "matrices grew a hundredfold", "the loss is as good as with smaller ones"),
             "router_dead": (
                 "high",
@@ -143,9 +167,16 @@ CATALOGUE: dict[str, Entry] = {
             "warmup_decay": ("high", "warm-up and decay overlap", "the schedule is of another kind"),
             "lr_high": ("medium", "a high learning rate for the optimiser", "the loss falls no faster at half of it"),
             "no_clipping": ("high", "gradients are not clipped", "the norms of the log have no bursts"),
+            "weight_decay": (
+                "medium",
+                "weight decay takes away what is learnt within a few steps",
+                "with a weight decay of 0.1 the loss is no lower",
+            ),
+            "betas": ("medium", "moments of the optimiser far from the usual ones", "0.9 and 0.95 are no better"),
+            "dropout": ("high", "most of the network is dropped in training", "with a dropout of 0.1 it is no better"),
             "ratio_weight": (
                 "medium",
-                "a weak ratio loss for the size of the model",
+                "a ratio loss that is weak, or ten times too strong, for the size of the model",
                 "the realised bytes per chunk are at their targets",
             ),
             "target_range": ("low", "an unusual compression target", "the run reaches it at no worse a loss"),
@@ -198,6 +229,16 @@ CATALOGUE: dict[str, Entry] = {
                 "medium",
                 "documents are much longer than seq_len",
                 "nothing in them depends on its start",
+            ),
+            "data_order": (
+                "medium",
+                "sequences get longer or shorter over the whole run: the data are not shuffled",
+                "a curriculum of lengths was meant",
+            ),
+            "same_batch": (
+                "medium",
+                "text is learnt by heart within one pass: the same batches come again",
+                "the training text holds copies of itself",
             ),
             "slow": ("medium", "throughput dropped", "sequences grew longer there"),
             "data_wait": ("high", "steps wait for data", "the wait is hidden behind the device's work"),

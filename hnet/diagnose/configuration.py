@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from hnet.train.compression import auto_ratio_weight
 
-from .architecture import parameters_of
+from .architecture import multipliers_of, parameters_of
 from .findings import Finding
 from .runs import Log
 from .series import percent
+from .thresholds import row, threshold
 from .training import PATIENCE
 
 
@@ -96,6 +99,43 @@ def learning_rate(log: Log) -> list[Finding]:
     return out
 
 
+def optimiser(log: Log) -> list[Finding]:
+    """Weight decay that outruns learning, moments that forget too soon, dropout of most of the network."""
+    out = []
+    decay, lr, multipliers = log.number("weight_decay"), log.number("learning_rate", "lr"), multipliers_of(log)
+    shrink = decay * lr * max(multipliers, default=1.0)  # share of a matrix that goes in a step at the peak
+    if shrink > threshold("decay"):
+        half = np.log(2) / shrink
+        why = [
+            f"weight_decay {decay:g} x learning rate {lr * max(multipliers, default=1.0):.3g}: at the peak matrices "
+            f"lose half of what they hold in {half:.0f} steps ({row('decay').source})."
+        ]
+        keys: dict[str, Any] = {"weight_decay": 0.1}
+        title = "Weights decay faster than they can learn"
+        out.append(Finding("warning", "weight_decay", title, why, keys=keys))
+    betas = log.setting("betas")
+    if not isinstance(betas, list):
+        betas = [log.setting("beta1"), log.setting("beta2")]
+    if len(betas) == 2 and all(isinstance(b, (int, float)) for b in betas) and str(log.setting("optimizer")) != "muon":
+        first, second = betas
+        wrong = []
+        if first > second:
+            wrong.append("the second moment forgets sooner than the first: they are usually the other way round")
+        elif second < 0.9:
+            wrong.append(f"the second moment is an average of {1 / (1 - second):.0f} steps, its root mostly noise")
+        if first > 0.98:
+            wrong.append(f"the first moment averages {1 / (1 - min(first, 1 - 1e-9)):.0f} steps: updates come late")
+        if wrong:
+            why = [f"betas are {first:g} and {second:g}: {'; '.join(wrong)}."]
+            keys = {"betas": [0.9, 0.95]}
+            out.append(Finding("warning", "betas", "Unusual moments of the optimiser", why, keys=keys))
+    rate = log.number("dropout")
+    if rate > 0.5:
+        why = [f"dropout is {rate:g}: {percent(rate)} of every mixer's and MLP's output is dropped at every step."]
+        out.append(Finding("warning", "dropout", "Most of the network is dropped", why, keys={"dropout": 0.1}))
+    return out
+
+
 def compression(log: Log) -> list[Finding]:
     """Too weak a ratio loss for the size of the model; targets out of the usual range."""
     alpha, targets = log.number("ratio_weight"), log.setting("compression")
@@ -119,6 +159,13 @@ def compression(log: Log) -> list[Finding]:
                     keys={"ratio_weight": float(f"{needed:.2g}")},
                 )
             )
+        if alpha > 10 * needed:
+            why = [
+                f"ratio_weight is {alpha:g} for {size / 1e6:.3g}M parameters, where about {needed:.2g} reaches a "
+                "target within 5 %: the gradient of the outer stages is mostly the ratio loss's."
+            ]
+            keys = {"ratio_weight": float(f"{needed:.2g}")}
+            out.append(Finding("warning", "ratio_weight", "Overbearing ratio loss", why, keys=keys))
     numbers = isinstance(targets, list) and all(isinstance(t, (int, float)) for t in targets)
     if numbers and any(t > 16 or t < 1.5 for t in targets):
         out.append(
@@ -255,4 +302,4 @@ def sampling(log: Log) -> list[Finding]:
     return [Finding("warning", "sampling", "Text is sampled too hot", why, change, sampling=new)]
 
 
-RULES = (schedule, learning_rate, compression, evaluation, zero_grad, leak, joined, sampling)
+RULES = (schedule, learning_rate, optimiser, compression, evaluation, zero_grad, leak, joined, sampling)

@@ -16,6 +16,7 @@ from .series import noise, percent, tail
 
 MANY_PASSES = 10
 NOISY = 0.1  # scatter of the training loss from step to step, as a share of it
+FEW, ENOUGH = 4, 8  # sequences in the batch of an update
 SLOWER = 0.7
 WAIT = 0.1
 SHIFT = 0.15
@@ -109,35 +110,39 @@ def _few_bytes(log: Log, total: float) -> list[Finding]:
     ]
 
 
-def batch(log: Log) -> list[Finding]:
-    at, v = log.series("ce", "bpb", "loss")
+def _sequences(log: Log) -> float:
+    """In the batch of an update, NaN where the config does not say. Another trainer may have several devices."""
     size, length = log.number("batch_bytes"), log.number("seq_len")
-    sequences = size / length if size > 0 and length > 0 else float("nan")
+    if size > 0 and length > 0:
+        return size / length
+    return log.number("batch_size") * log.number("accumulation", default=1)
+
+
+def batch(log: Log) -> list[Finding]:
+    """Judged by the scatter of the loss; where there are few sequences in a batch, by less of it."""
+    at, v = log.series("ce", "bpb", "loss")
+    size, length, sequences = log.number("batch_bytes"), log.number("seq_len"), _sequences(log)
+    held = f"an update has {sequences:.3g} sequence{'s' * (sequences != 1)}"
+    held += f" of {length:g}." if np.isfinite(length) else "."
     if len(v) >= 100:
         last = v[len(v) // 2 :]
         scatter = noise(last) / max(abs(float(np.median(last))), 1e-12)
-        if scatter > NOISY:
-            factor = 2 ** int(np.ceil(np.log2((scatter / (NOISY / 2)) ** 2)))
-            why = [f"the training loss scatters by {percent(scatter)} from step to step over the second half."]
-            if np.isfinite(sequences):
-                why.append(f"batch_bytes {size:g} is {sequences:.3g} sequences of {length:g}.")
-            keys = {"batch_bytes": round(size * factor)} if np.isfinite(size) else {}
-            change = [f"a batch {factor} times as large (scatter falls with its root), or accumulate gradients"]
-            span = (int(at[len(v) // 2]), int(at[-1]))
-            title = "The batch is too small for its noise"
-            return [Finding("warning", "small_batch", title, why, change, span, keys=keys)]
-        return []
-    if sequences < 8:
-        return [
-            Finding(
-                "note",
-                "small_batch",
-                "Few sequences in a batch",
-                [f"batch_bytes {size:g} is {sequences:.3g} sequences of seq_len {length:g}."],
-                ["or more"],
-                keys={"batch_bytes": round(8 * length)},
-            )
-        ]
+        few = sequences < FEW and scatter > NOISY / 2
+        if scatter <= NOISY and not few:
+            return []
+        factor = 2 ** int(np.ceil(np.log2(max((scatter / (NOISY / 2)) ** 2, ENOUGH / sequences if few else 1))))
+        why = [f"the training loss scatters by {percent(scatter)} from step to step over the second half."]
+        if np.isfinite(sequences):
+            why.append(held[0].upper() + held[1:])
+        keys = {"batch_bytes": round(size * factor)} if np.isfinite(size) else {}
+        change = [f"a batch {factor} times as large (scatter falls with its root), or accumulate gradients"]
+        span = (int(at[len(v) // 2]), int(at[-1]))
+        title = "The batch is too small for its noise"
+        mild = sequences >= ENOUGH and scatter <= 1.5 * NOISY  # documents differ
+        return [Finding("note" if mild else "warning", "small_batch", title, why, change, span, keys=keys)]
+    if sequences < ENOUGH:
+        keys = {"batch_bytes": round(ENOUGH * length)} if size > 0 else {}
+        return [Finding("note", "small_batch", "Few sequences in a batch", [held], ["or more"], keys=keys)]
     return []
 
 
@@ -212,22 +217,57 @@ def _shift(log: Log) -> list[Finding]:
         if step == 0 or count > 1 or len(near) < 10:
             continue
         gap = v / float(np.median(near)) - 1
-        if gap > SHIFT:
-            why = [
-                f"At step {step:.0f}, after {count:.2f} passes, held out {v:.3f} and training {np.median(near):.3f} "
-                f"({names[1]}, {names[0]}): {percent(gap)} apart before anything could be learnt by heart."
-            ]
-            return [
-                Finding(
-                    "warning",
-                    "split_shift",
-                    "The held-out text differs in kind from the training text",
-                    why,
-                    ["is it the tail of the corpus, or another source? Leave val_data empty: documents at random"],
-                    (int(step), int(step)),
-                )
-            ]
+        if gap <= SHIFT:
+            continue
+        if float(np.interp(val_at[-1], at, seen)) / size < 1 and val[-1] > 1.1 * val.min():
+            return _repeated(val_at, val, train, float(np.interp(val_at[-1], at, seen)) / size)
+        why = [
+            f"At step {step:.0f}, after {count:.2f} passes, held out {v:.3f} and training {np.median(near):.3f} "
+            f"({names[1]}, {names[0]}): {percent(gap)} apart before anything could be learnt by heart."
+        ]
+        change = ["is it the tail of the corpus, or another source? Leave val_data empty: documents at random"]
+        title = "The held-out text differs in kind from the training text"
+        return [Finding("warning", "split_shift", title, why, change, (int(step), int(step)))]
     return []
+
+
+def _repeated(at: np.ndarray, val: np.ndarray, train: np.ndarray, count: float) -> list[Finding]:
+    """Learnt by heart what cannot have been seen twice."""
+    best = int(np.argmin(val))
+    why = [
+        f"After {count:.2f} passes over the data the training loss is {np.median(tail(train)):.3f}, and the held-out "
+        f"one {val[-1]:.3f}, up from {val[best]:.3f} at step {at[best]:.0f}: text is learnt by heart that should have "
+        "come once."
+    ]
+    change = [
+        "does the loader go on from step to step (an iterator made anew begins anew, a seed set anew draws the same)?",
+        "are there copies in the data?",
+    ]
+    span = (int(at[best]), int(at[-1]))
+    return [Finding("critical", "same_batch", "The same batches come again and again", why, change, span)]
+
+
+def order(log: Log) -> list[Finding]:
+    """Sequences that get longer or shorter over the run: the data are not shuffled. Their length is what the outermost
+    router counted."""
+    at, chunk = log.series("stage0/bytes_per_chunk")
+    also_at, chunks = log.series("stage0/chunks_per_sequence")
+    at, here, there = np.intersect1d(at, also_at, return_indices=True)
+    length = chunk[here] * chunks[there]
+    if len(length) < 40:
+        return []
+    ends = [float(np.median(length[: len(length) // 5])), float(np.median(length[-(len(length) // 5) :]))]
+    rank = np.argsort(np.argsort(length))
+    trend = float(np.corrcoef(rank, np.arange(len(rank)))[0, 1])  # Spearman's
+    if abs(trend) < 0.8 or max(ends) < 1.5 * min(ends):
+        return []
+    why = [
+        f"Sequences are {ends[0]:.3g} positions long in the first fifth of the log and {ends[1]:.3g} in the last, and "
+        f"go {'up' if trend > 0 else 'down'} all the way (rank correlation with the step {trend:+.2f})."
+    ]
+    change = ["shuffle documents before packing; what comes late is learnt at a low rate, what came early is forgotten"]
+    title = "The data come in an order: sequences of one length together"
+    return [Finding("warning", "data_order", title, why, change, (int(at[0]), int(at[-1])))]
 
 
 def throughput(log: Log) -> list[Finding]:
@@ -288,4 +328,4 @@ def throughput(log: Log) -> list[Finding]:
     return out
 
 
-RULES = (passes, batch, split, throughput)
+RULES = (passes, batch, split, order, throughput)

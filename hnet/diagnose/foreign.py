@@ -25,6 +25,13 @@ _KEYS = {
     "seq_len": "seq_len sequence_length seq_length block_size max_seq_len max_seq_length context_length",
     "accumulation": "accumulation gradient_accumulation_steps grad_accum_steps grad_accum gradient_accumulation "
     "accumulate_grad_batches",
+    "batch_size": "batch_size micro_batch_size per_device_train_batch_size train_batch_size global_batch_size "
+    "device_batch_size",
+    "weight_decay": "weight_decay wd adam_weight_decay",
+    "dropout": "dropout hidden_dropout resid_dropout",
+    "betas": "betas adam_betas",
+    "beta1": "beta1 adam_beta1",
+    "beta2": "beta2 adam_beta2",
     "zero_grad_every": "zero_grad_every zero_grad_interval zero_grad_steps zero_grad_freq",
     "ratio_weight": "ratio_weight ratio_loss_weight lb_weight lb_loss_weight load_balancing_weight lb_coef "
     "load_balancing_loss_weight",

@@ -11,6 +11,8 @@ from .series import noise, percent, tail
 JUMP = 1.5  # a learning rate that grows by this factor from one line to the next was restarted
 ENDS_HIGH = 0.3  # of the peak
 AT_PEAK = 0.9
+GONE = 0.05  # of the peak: a decay to 0 spends 1.5 % (linear, over the last 30 %) to 14 % (cosine) of its steps below
+WASTED = 0.2  # of the steps
 
 
 def lr_end(log: Log) -> list[Finding]:
@@ -36,6 +38,36 @@ def lr_end(log: Log) -> list[Finding]:
             keys=keys,
         )
     ]
+
+
+def lr_gone(log: Log) -> list[Finding]:
+    """A rate that is down long before the last step, or was never up."""
+    at, lr = log.series("lr", *(f"stage{i}/lr" for i in log.stages("lr")))
+    if len(lr) < 20:
+        return []
+    span = (int(at[0]), int(at[-1]))
+    if lr.max() <= 0:
+        why = [f"It is {lr.max():g} at all {len(lr)} logged steps."]
+        title = "The learning rate is zero"
+        return [Finding("critical", "lr_gone", title, why, ["does the schedule multiply the rate?"], span)]
+    up = np.flatnonzero(lr > GONE * lr.max())[-1]
+    share = (at[-1] - at[up]) / max(at[-1] - at[0], 1)
+    if share < WASTED:
+        return []
+    why = [
+        f"After step {at[up]:.0f} it is under {percent(GONE)} of its peak {lr.max():.3g} to the end, step {at[-1]:.0f}"
+        f": {percent(share)} of the steps next to nothing is learnt."
+    ]
+    _, v = log.series("ce", "loss", "bpb")
+    if len(v) == len(lr):
+        rest = v[up:]
+        third = max(len(rest) // 3, 1)
+        why.append(f"The loss there: {np.median(rest[:third]):.4g} at first, {np.median(rest[-third:]):.4g} at last.")
+    change = [
+        "let the schedule end with the run: does it count micro-steps, or the steps of another plan?",
+        "hnet train's schedules end at `steps`",
+    ]
+    return [Finding("warning", "lr_gone", "The learning rate is gone long before the end", why, change, span)]
 
 
 def _breaks(log: Log) -> list[int]:
@@ -268,4 +300,4 @@ def _epoch_length(log: Log) -> float:
     return float(np.median(np.diff(starts))) if len(starts) >= 2 else 1000.0
 
 
-RULES = (lr_end, resume, lr_restart, cutoff_raises)
+RULES = (lr_end, lr_gone, resume, lr_restart, cutoff_raises)

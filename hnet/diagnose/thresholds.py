@@ -43,6 +43,8 @@ TABLE: dict[str, list[Row]] = {
     # a gradient norm this many times the median before it and of the run is a burst, and critical
     "burst": [Row(math.inf, 20.0, f"{OURS}: 6 to 8 at most")],
     "burst_critical": [Row(math.inf, 200.0, f"{REPORT}: 1,810, thousands of times its median")],
+    # learning rate x weight decay: the share of a matrix that goes in a step
+    "decay": [Row(math.inf, 0.005, f"{OURS} and {RECIPE}: 6e-5 to 1e-3")],
     # factor on the learning rate after bursts
     "lr_advice": [Row(math.inf, 2 / 3, f"{REPORT}: 2e-4 instead of 3e-4")],
 }

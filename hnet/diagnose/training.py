@@ -14,6 +14,8 @@ from .thresholds import threshold
 LOSS = ("ce", "bpb", "loss")
 VAL = ("val_ce", "val_bpb")
 PATIENCE = ("patience", "early_stop_patience", "early_stopping_patience")
+UNTRAINED, LEARNT = 4.0, 0.05  # nats of a model that is not trained, at least; and the share a run must take off
+IMPOSSIBLE = 0.2  # nats
 SPIKE_SIGMA, SPIKE_SHARE = 8.0, 0.25  # a spike is this far above the median before it, in noise and in the loss
 
 
@@ -212,6 +214,52 @@ def plateau(log: Log) -> list[Finding]:
     return [Finding("warning", "plateau", "The loss is flat", evidence, change, span, keys=keys)]
 
 
+def not_learning(log: Log) -> list[Finding]:
+    """A loss that stays where an untrained model's is."""
+    at, v = log.series("ce", "loss", "bpb")
+    begun = len(at) >= 60 and at[0] <= 10 * float(np.median(np.diff(at)))  # a part of a log shows less
+    if not begun or log.setting("init_from"):
+        return []
+    first, last = float(np.median(v[:5])), float(np.median(tail(v)))
+    nats = first * (np.log(2) if "ce" not in log.columns and "loss" not in log.columns else 1)
+    if nats < UNTRAINED or last < (1 - LEARNT) * first:
+        return []
+    why = [f"{first:.4g} at first and {last:.4g} over the last tenth, {len(at):,} logged steps later."]
+    _, lr = log.series("lr", *(f"stage{i}/lr" for i in log.stages("lr")))
+    if len(lr):
+        why.append(f"The learning rate peaks at {lr.max():.3g}.")
+    _, g = log.series("grad_norm")
+    if len(g):
+        why.append(f"The gradient norm is {np.median(g):.3g} (median).")
+    change = [
+        "is the learning rate what it should be (about 1e-3 for AdamW at 10M parameters, 3e-4 at 1B)?",
+        "are all parameters in the optimiser, do gradients arrive, and do targets belong to their inputs?",
+    ]
+    rate = log.number("learning_rate")
+    keys = {"learning_rate": 1e-3} if 0 < rate < 1e-5 else {}
+    span = (int(at[0]), int(at[-1]))
+    return [Finding("critical", "not_learning", "The model does not learn", why, change, span, keys=keys)]
+
+
+def too_good(log: Log) -> list[Finding]:
+    """A held-out loss that no model of text reaches."""
+    at, v = log.series(*VAL)
+    at, v = at[at > 0], v[at > 0]
+    nats = v * (np.log(2) if "val_ce" not in log.columns else 1)
+    if not len(v) or not nats[-1] < IMPOSSIBLE:
+        return []
+    why = [
+        f"Held out {nats[-1]:.3g} nats at step {at[-1]:.0f}; the best models of text stay above 0.4 nats a byte, and a "
+        "token has several bytes."
+    ]
+    change = [
+        "does the model see what it predicts (targets not shifted, attention not causal)?",
+        "is held-out text trained on, or does one document fill it?",
+    ]
+    title = "The held-out loss is too good to be true"
+    return [Finding("critical", "too_good", title, why, change, (int(at[0]), int(at[-1])))]
+
+
 def unfinished(log: Log) -> list[Finding]:
     """The log ends before the steps that were planned, and nothing stopped it early."""
     planned, last = log.planned_steps, log.last_step
@@ -263,4 +311,4 @@ def failures(log: Log) -> list[Finding]:
     return out
 
 
-RULES = (non_finite, loss_spike, unfinished, early_stop, overfitting, plateau, failures)
+RULES = (non_finite, loss_spike, not_learning, too_good, unfinished, early_stop, overfitting, plateau, failures)

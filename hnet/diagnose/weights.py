@@ -86,8 +86,8 @@ def _matrices(model: HNetForCausalLM) -> list[tuple[str, Tensor]]:
     ]
 
 
-def weights(model: HNetForCausalLM, step: int) -> list[Finding]:
-    """Weights that are broken or were never trained. step: of the checkpoint."""
+def weights(model: HNetForCausalLM, step: int, frozen: bool = False) -> list[Finding]:
+    """Weights that are broken or were never trained. step: of the checkpoint; frozen: some of them on purpose."""
     out = []
     broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
     if broken:
@@ -99,6 +99,7 @@ def weights(model: HNetForCausalLM, step: int) -> list[Finding]:
         why = [f"{len(zero)} matrices are all zero at step {step}: {', '.join(zero[:3])}. They do nothing."]
         change = ["do their gradients arrive, and does an optimiser group hold them?"]
         out.append(Finding("warning", "weights_untrained", "Matrices are zero", why, change))
+    out += [] if frozen or step < 1 else _at_their_start(model, step)
     big = {n: r for n, p in _matrices(model) if (r := float(p.double().square().mean().sqrt())) > GROWN * INIT}
     if big:
         name = max(big, key=lambda n: big[n])
@@ -106,6 +107,21 @@ def weights(model: HNetForCausalLM, step: int) -> list[Finding]:
         keys = {"weight_decay": 0.1}
         change = ["a lower learning_rate"]
         out.append(Finding("warning", "weights_grown", "Weights have grown out of scale", why, change, keys=keys))
+    return out
+
+
+def _at_their_start(model: HNetForCausalLM, step: int) -> list[Finding]:
+    """Stages whose norms are all 1, as they began: any update at all moves them."""
+    norms: dict[int, list[bool]] = {}
+    for name, p in model.named_parameters():
+        if "norm" in name.rsplit(".", 2)[-2] and p.dim() == 1:
+            norms.setdefault(stage_of(name), []).append(bool((p == 1).all()))
+    out = []
+    for stage in (s for s, ones in norms.items() if all(ones)):
+        why = [f"All {len(norms[stage])} norms of stage {stage} are exactly 1, as they began, at step {step}."]
+        change = ["does an optimiser group hold its parameters, with a rate above 0? Do gradients reach it?"]
+        title = f"Stage {stage} was never trained"
+        out.append(Finding("critical", "weights_untrained", title, why, change, stage=stage))
     return out
 
 

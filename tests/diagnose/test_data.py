@@ -1,6 +1,7 @@
 """Passes, batch, split, throughput."""
 
 import numpy as np
+import pytest
 
 from .logs import after, findings, healthy_rows, write_run
 
@@ -46,6 +47,60 @@ def test_small_batch(tmp_path):
     assert f.severity == "warning"
     factor = f.keys["batch_bytes"] / 32768
     assert factor in (16, 32)  # (0.2 / 0.05)^2 and the noise of its estimate
+
+
+@pytest.mark.parametrize(("sequences", "told"), [(1, True), (3, True), (8, False)])
+def test_few_sequences_and_some_noise(sequences, told, tmp_path):
+    """7 % of scatter is usual at 8 sequences, and too much where it comes of one."""
+    rows = healthy_rows()
+    rng = np.random.default_rng(3)
+    for r in after(rows, 0):
+        r["ce"] *= 1 + 0.063 * rng.standard_normal()
+    found = findings(write_run(tmp_path / "a", rows, batch_bytes=1024 * sequences))
+    assert ("small_batch" in found) is told
+    if told:
+        assert found["small_batch"].keys["batch_bytes"] >= 8 * 1024
+
+
+def test_another_trainers_batch(tmp_path):
+    log = tmp_path / "log.csv"
+    rng = np.random.default_rng(0)
+    log.write_text("step,loss\n" + "".join(f"{s},{2 + 0.15 * rng.standard_normal()}\n" for s in range(200)))
+    for text, told in (("micro_batch_size: 1\n", True), ("micro_batch_size: 1\ngrad_accum: 16\n", False)):
+        (tmp_path / "config.yaml").write_text(text)
+        assert ("small_batch" in findings(log)) is told
+
+
+@pytest.mark.parametrize(("last", "told"), [(200, True), (105, False)])
+def test_data_in_order_of_length(last, told, tmp_path):
+    rows = healthy_rows()
+    for r in after(rows, 0):
+        length = 100 + (last - 100) * r["step"] / 400 + 5 * np.sin(r["step"])
+        r["stage0/chunks_per_sequence"] = length / r["stage0/bytes_per_chunk"]
+    assert ("data_order" in findings(write_run(tmp_path / "a", rows))) is told
+
+
+def test_the_same_batches(tmp_path):
+    """13.1 MB are read of 50: what is learnt by heart came several times, which another kind of text is not."""
+    large = tmp_path / "large.txt"
+    with large.open("wb") as f:
+        f.truncate(50_000_000)
+    data = [str(large)]
+    rows = healthy_rows()
+    for r in after(rows, 0):
+        if "val_ce" in r:
+            r["val_ce"] = 3 + abs(r["step"] - 100) / 100
+        r["ce"] = 5.5 * np.exp(-r["step"] / 40)
+    found = findings(write_run(tmp_path / "a", rows, data=data))
+    assert found["same_batch"].severity == "critical"
+    assert "split_shift" not in found
+    for r in after(rows, 0):
+        r["ce"] = 0.7 * max(3 - r["step"] / 200, 1)
+        if "val_ce" in r:
+            r["val_ce"] = max(3 - r["step"] / 200, 1)
+    found = findings(write_run(tmp_path / "b", rows, data=data))
+    assert "same_batch" not in found
+    assert "split_shift" in found
 
 
 def test_split(tmp_path):

@@ -1,8 +1,11 @@
 """Learning rate, resuming, cutoffs."""
 
 import math
+import re
 
 import pytest
+
+from hnet.train.schedule import Schedule
 
 from .logs import after, findings, healthy_rows, write_run
 
@@ -155,3 +158,28 @@ def test_the_printed_log_of_the_public_script(tmp_path):
     found = findings(path)
     assert "128 -> 256 at step 2010: learning rate 0.000142, 71 % of the peak" in found["cutoff_lr"].evidence[0]
     assert found["cutoff_regressed"].steps == (3010, 3010)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay", "plan", "told"),
+    [("wsd", 0.3, 400, False), ("cosine", 0.0, 400, False), ("wsd", 1.0, 400, False), ("wsd", 0.3, 200, True),
+     ("cosine", 0.0, 300, True)],
+)  # fmt: skip
+def test_a_rate_that_is_gone_before_the_end(kind, decay, plan, told, tmp_path):
+    """The schedule of a run of `plan` steps, in one of 400."""
+    schedule = Schedule(kind, plan, warmup_steps=20, decay_fraction=decay)
+    rows = healthy_rows()
+    for r in after(rows, 0):
+        r["lr"] = 1e-3 * schedule.factor(min(r["step"] - 1, plan))
+    found = findings(write_run(tmp_path / "a", rows))
+    assert ("lr_gone" in found) is told
+    if told:
+        first = int(re.search(r"After step (\d+)", found["lr_gone"].evidence[0])[1])
+        assert plan - 60 < first <= plan
+
+
+def test_a_rate_of_zero(tmp_path):
+    rows = healthy_rows()
+    for r in after(rows, 0):
+        r["lr"] = 0.0
+    assert findings(write_run(tmp_path / "a", rows))["lr_gone"].severity == "critical"

@@ -160,3 +160,28 @@ def test_failures(name, tmp_path):
     f = findings(write_run(tmp_path / "a", rows))[name]
     assert f.severity == "critical"
     assert "at stage 1" in f.evidence[0]
+
+
+def test_not_learning(tmp_path):
+    def flat(level, first):
+        rows = healthy_rows()
+        for r in after(rows, 0):
+            r["step"] += first
+            r["ce"] = r["loss"] = level * (1 - 1e-5 * r["step"]) + 0.01 * math.sin(r["step"])
+            r.pop("bpb")
+        return rows[1:]
+
+    f = findings(write_run(tmp_path / "a", flat(5.5, 0), learning_rate=1e-6))["not_learning"]
+    assert f.severity == "critical"
+    assert f.keys == {"learning_rate": 1e-3}
+    for name, rows in {"fine-tuned": flat(1.2, 0), "a part": flat(5.5, 5000), "healthy": healthy_rows()}.items():
+        assert "not_learning" not in findings(write_run(tmp_path / name, rows)), name
+
+
+@pytest.mark.parametrize(("nats", "told"), [(0.02, True), (0.5, False)])
+def test_too_good_to_be_true(nats, told, tmp_path):
+    rows = healthy_rows()
+    for r in rows[1:]:
+        if "val_ce" in r:
+            r["val_ce"], r["val_bpb"] = nats, nats / math.log(2)
+    assert ("too_good" in findings(write_run(tmp_path / "a", rows))) is told

@@ -64,6 +64,8 @@ def test_description(model):
 def test_broken_weights(model):
     assert names(w.weights(model, 0)) == set()
     next(model.stages()).residual_proj.weight.data.normal_(0, 0.01)
+    for p in (p for p in model.parameters() if p.dim() == 1):
+        p.data += 1e-3
     assert names(w.weights(model, 100)) == set()
     model.lm_head.weight.data.zero_()
     assert names(w.weights(model, 100)) == {"weights_untrained"}
@@ -93,3 +95,14 @@ def test_a_saturated_router(model, batch):
     move(model)
     next(model.stages()).logit_bias = torch.tensor(-14.0)
     assert names(w.routers(model, batch, [4.0], 100)[0]) & {"router_dead", "router_saturated"}
+
+
+def test_a_stage_that_no_update_has_moved(model):
+    assert names(w.weights(model, 0)) == set()
+    for name, p in model.named_parameters():
+        if p.dim() == 1 and w.stage_of(name) == 0:
+            p.data += 1e-3
+    next(model.stages()).residual_proj.weight.data.normal_(0, 0.01)
+    (f,) = w.weights(model, 50)
+    assert (f.name, f.severity, f.stage) == ("weights_untrained", "critical", 1)
+    assert w.weights(model, 50, frozen=True) == []
