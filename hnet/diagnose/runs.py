@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from .names import canonical
 from .text_log import Row, head, named, read_text
 
 _LOSSES = {"loss", "ce", "bpb", "val_ce", "val_bpb"}
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 _LOG_ENDINGS = (".jsonl", ".log", ".txt", ".out", ".csv", ".json")
 
 
@@ -147,9 +149,12 @@ def _read(path: Path) -> Log:
         raise UserError(f"{path} is a TensorBoard event file; export its scalars to CSV and give that")
     with user_path(path):
         data = path.read_bytes()
-    if b"\0" in data[:4096]:
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what PowerShell's > writes
+    if b"\0" in data[:4096] and not wide:
         raise UserError(f"{path} is not text")
-    text = data.decode("utf-8", "replace")
+    text = data.decode("utf-16" if wide else "utf-8", "replace").lstrip("\ufeff")
+    if text.count("\ufffd") > 0.1 * len(text):
+        raise UserError(f"{path} is not text")
     settings = _config_beside(path)
     for kind, parse in (("json", _json_rows), ("csv", _csv_rows), ("text", lambda t, _: read_text(t))):
         rows = parse(text, path)
@@ -268,6 +273,8 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
     rows = []
     for i, row in enumerate(csv.DictReader(text.lstrip().splitlines(), delimiter=delimiter)):
         cells = {k.strip(): v for k, v in row.items() if k and isinstance(v, str) and v.strip()}
+        if delimiter != ",":  # where that is used, the comma may be a decimal point
+            cells = {k: v.replace(",", ".") if _DECIMAL_COMMA.fullmatch(v.strip()) else v for k, v in cells.items()}
         if "Value" in cells:
             cells[_tag(path)] = cells.pop("Value")
         values = named(cells)

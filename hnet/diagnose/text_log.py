@@ -13,15 +13,17 @@ from .names import canonical
 
 Row = dict[str, Any]
 
+LONGEST = 4000  # characters of a line that are read: the time is quadratic in them
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d.])|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan\b|inf\b|NaN\b)"
-_VALUE = re.compile(rf"(?<![\w.])({_NUMBER})\s?(ms\b|k\b|K\b|M\b)?")
+_VALUE = re.compile(rf"(?<![\w.])({_NUMBER})\s?(ms\b|s\b|k\b|K\b|M\b)?")
 _LABEL = re.compile(r"((?:[A-Za-z_][\w/\-]*[ ]+){0,3}[A-Za-z_][\w/\-]*)[^\w,|;]*$")
 _STEP = re.compile(
     r"\b(?:global[_ ])?(?:step|iter|iteration|it|update)\b\s*[:=#]?\s*\[?\s*(\d+)(?:\s*/\s*(\d+))?", re.I
 )
 _EPOCH_END = re.compile(r"\bEpoch\s+(\d+)(?:/\d+)?\b.*\bavg_loss\b", re.I)
 _RAISED = re.compile(r"(?:CUTOFF RAISED:?|\[PLATEAU\])\s*(\d+)\s*->\s*(\d+)")
+_BROKEN = re.compile(r"[\w.+-]*\ufffd[\w.+\ufffd-]*")
 _DICT = re.compile(r"\{[^{}]*\}")
 _PHRASES = (
     (re.compile(r"\bresum(ed|ing)\b", re.I), "resume"),
@@ -41,7 +43,7 @@ def read_text(text: str) -> list[Row]:
     reader = _Reader()
     for line in re.split(r"[\r\n]+", _ANSI.sub("", text)):
         if line.strip():
-            reader.line(line)
+            reader.line(_legible(line))
     return reader.rows
 
 
@@ -49,6 +51,7 @@ def head(text: str) -> list[str]:
     """The lines before the first with a step and a number."""
     reader, lines = _Reader(), []
     for line in re.split(r"[\r\n]+", _ANSI.sub("", text)):
+        line = _legible(line)
         reader.line(line)
         if any({"loss", "ce", "bpb", "val_ce"} & r.keys() for r in reader.rows):
             break
@@ -134,6 +137,12 @@ class _Reader:
         self.rows.append({"step": max(last, self.base), "event": name, "message": line.strip(), **more})
 
 
+def _legible(line: str) -> str:
+    """As many characters of it as are read; words with a broken byte in them become ";", which no label crosses."""
+    line = line[:LONGEST]
+    return _BROKEN.sub(";", line) if "\ufffd" in line else line
+
+
 def _dictionary(line: str) -> Row:
     """The numbers of a {...} in a line, under our names; {} when there is none."""
     if not (m := _DICT.search(line)):
@@ -186,6 +195,8 @@ def _pairs(line: str) -> Row:
         if name is None or name in out:
             continue
         value = float(m[1].replace(",", ""))
+        if name == "step_ms" and m[2] == "s":
+            value *= 1e3
         scale = {"k": 1e3, "K": 1e3, "M": 1e6}.get(m[2] or "", 1.0)
         out[name] = value * scale if abs(value) < float("inf") else None
     return out

@@ -251,3 +251,46 @@ def test_missing_and_ambiguous_paths(tmp_path):
 )  # fmt: skip
 def test_names(name, ours):
     assert canonical(name) == ours
+
+
+LINES = "".join(f"step {s} loss {3 - s / 100}\n" for s in range(50))
+TABLE = "step;loss\n" + "".join(f"{s};{3 - s / 100:.2f}\n" for s in range(50))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("\ufeff" + TABLE).encode(),
+        TABLE.replace(".", ",").encode(),  # a decimal comma
+        LINES.encode("utf-16"),
+        ("x" * 100_000 + "\n" + LINES).encode(),  # a line that no pattern must try to read whole
+    ],
+    ids=["byte order mark", "decimal comma", "UTF-16", "a long line"],
+)
+def test_other_peoples_files(data, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(data)
+    steps, loss = read_log(path).series("loss")
+    assert steps.tolist() == list(range(50))
+    assert loss == pytest.approx(3 - steps / 100)
+
+
+def test_noise_is_no_log(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(np.random.default_rng(0).integers(1, 256, 20_000, dtype=np.uint8).tobytes())
+    with pytest.raises(ValueError, match="not text"):
+        read_log(path)
+
+
+def test_seconds_are_no_milliseconds(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(LINES.replace("\n", ", dt: 0.25s\n"))
+    assert set(read_log(path).series("step_ms")[1]) == {250.0}
+
+
+def test_numbers_with_a_broken_byte_are_left_out(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes(LINES.encode().replace(b"2.7", b"\xff2.7").replace(b"step 40", b"step 4\xfe"))
+    steps, loss = read_log(path).series("loss")
+    assert loss == pytest.approx(3 - steps / 100)
+    assert 20 < len(steps) < 50
