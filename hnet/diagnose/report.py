@@ -55,7 +55,9 @@ def examine(log: Log, more: list[Finding] | None = None, generation: list[dict[s
     """`diagnose` with all around it. more, generation: findings and rows of what a checkpoint wrote."""
     left = unexamined(log)
     if generation is None:
-        left.append({"what": "what the model writes", "why": "no checkpoint was loaded; --generate loads the run's"})
+        left.append(
+            {"what": "what the model writes", "why": "not asked for; --generate lets the run's checkpoint write"}
+        )
     return Report(log, by_severity(diagnose(log) + (more or [])), summary(log), left, generation)
 
 
@@ -106,7 +108,7 @@ def in_a_line(found: dict[str, Any]) -> str:
             f"gradient norm at most {norm['largest']:,.4g}, median {norm['median']:.3g}, final {norm['final']:.3g}"
         )
     if speed := found.get("throughput"):
-        parts.append(f"{speed['median']:,.4g} {speed['unit']}")
+        parts.append(f"{speed['median']:,.{0 if speed['median'] >= 1000 else 1}f} {speed['unit']}")
     if "tokens_per_parameter" in found:
         parts.append(f"{found['tokens_per_parameter']:.3g} tokens per parameter")
     return "; ".join(parts)
@@ -135,7 +137,7 @@ def examined(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"text: {d['bytes']:,} bytes in {d['documents']:,} documents, median {d['document_bytes']['median']:,.0f}; "
             f"{d['invalid_bytes']:,} of {d['examined_bytes']:,} bytes no UTF-8; "
-            f"copies {100 * d['duplicate_share']:.2g} % of the bytes, almost {100 * d['near_duplicate_share']:.2g} %"
+            f"{100 * d['duplicate_share']:.2g} % of them are copies, {100 * d['near_duplicate_share']:.2g} % nearly"
             + (f"; {100 * held['overlap_share']:.2g} % of the held-out text trained on" if held else "")
         )
     return lines
