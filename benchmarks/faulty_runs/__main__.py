@@ -14,7 +14,7 @@ import torch
 
 from ..harness import RESULTS, machine
 from ..tables.faulty_runs import faulty_runs_section
-from .faults import FAULTS, HEALTHY
+from .faults import FAULTS, HEALTHY, UNSEEN
 from .judge import folder, judge, make_all
 from .texts import write_texts
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS / "faulty_runs.json")
     args = parser.parse_args(argv)
-    runs = [r for r in (*FAULTS, *HEALTHY[::-1]) if not args.only or r.name in args.only]
+    runs = [r for r in (*FAULTS, *UNSEEN, *HEALTHY[::-1]) if not args.only or r.name in args.only]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         root = args.runs or Path(temporary)

@@ -30,6 +30,8 @@ class Run:
     after: Callable[[Any], None] | None = None
     chunk_lm: bool = False
     small: bool = False  # also a test
+    unseen: str = ""  # see UNSEEN: "learnt" or "fresh"
+    at_first: tuple[str, ...] = ()
 
 
 FAULTS = (
@@ -77,6 +79,47 @@ FAULTS = (
         "stages logged as one", ("stage_norms", "ratio_blind"), TWO_STAGES | {"lr_multipliers": [2.0, 1.5, 1.0]},
         after=drivers.drop_stages,
     ),
+)  # fmt: skip
+
+# Faults that no rule was made for. `at_first`: what named each when it was trained and judged for the first time; the
+# first twelve then had rules made for them, the rest were written down after that and have had none.
+UNSEEN = (
+    Run("weight decay far too high", ("weight_decay",), {"weight_decay": 10.0}, unseen="learnt"),
+    Run("moments swapped", ("betas",), {"betas": [0.999, 0.9]}, unseen="learnt"),
+    Run("sorted by length", ("data_order",), {"documents": "paragraph"}, drive=drivers.by_length, unseen="learnt"),
+    Run(
+        "model sees what it predicts", ("too_good", "not_reproduced"), drive=drivers.sees_what_it_predicts,
+        unseen="learnt",
+    ),
+    Run(
+        "evaluated on training text", ("not_reproduced",),
+        {"held_out": True, "steps": 300, "learning_rate": 1e-2, "d_model": [96, 128]}, text="few",
+        drive=drivers.evaluates_on_training_text, unseen="learnt",
+    ),
+    Run("dropout 0.9", ("dropout",), {"dropout": 0.9}, unseen="learnt"),
+    Run("schedule ends at once", ("lr_gone",), drive=drivers.decays_at_once, unseen="learnt"),
+    Run("some batches are NaN", ("non_finite",), drive=drivers.some_nan, unseen="learnt", at_first=("non_finite",)),
+    Run("ratio loss far too strong", ("ratio_weight",), {"ratio_weight": 40.0}, unseen="learnt"),
+    Run("innermost network not trained", ("weights_untrained",), drive=drivers.inner_left_out, unseen="learnt"),
+    Run(
+        "one batch again and again", ("overfitting", "same_batch"), drive=drivers.one_batch, unseen="learnt",
+        at_first=("overfitting",),
+    ),
+    Run("learning rate far too low", ("not_learning", "plateau"), {"learning_rate": 1e-6}, unseen="learnt"),
+    Run("outermost stage not trained", ("weights_untrained",), drive=drivers.outer_left_out, unseen="fresh"),
+    Run("targets two ahead", ("not_reproduced", "same_batch"), drive=drivers.two_ahead, unseen="fresh"),
+    Run(
+        "router learns 1,000 times faster", ("drift", "target_missed", "grad_explosion", "collapse_open"),
+        {"router_lr": 100.0}, unseen="fresh",
+    ),
+    Run("text in UTF-16", ("invalid_bytes",), text="utf16", unseen="fresh"),
+    Run("optimiser forgets every 10 steps", ("loss_spike", "resume_loss"), drive=drivers.forgetful, unseen="fresh"),
+    Run("loss summed, not averaged", ("clip_tight",), drive=drivers.summed, unseen="fresh"),
+    Run(
+        "evaluated in training mode", ("not_reproduced",), {"dropout": 0.3},
+        drive=drivers.evaluates_in_training_mode, unseen="fresh",
+    ),
+    Run("slower and slower", ("slow",), drive=drivers.slower_and_slower, unseen="fresh"),
 )  # fmt: skip
 
 HEALTHY = (

@@ -85,8 +85,10 @@ def judge(run: Run, root: Path) -> dict[str, Any]:
     for f in findings(run, root):
         ids.setdefault(f.name, f.severity)  # the worst comes first
     named = {n: s for n, s in ids.items() if n in run.found_by}
+    unseen = {"unseen": run.unseen, "at_first": list(run.at_first) if run.unseen == "learnt" else list(named)}
     return {
-        "run": run.name, "healthy": not run.found_by, "found_by": list(run.found_by), "found": named,
+        "run": run.name, **(unseen if run.unseen else {}),
+        "healthy": not run.found_by, "found_by": list(run.found_by), "found": named,
         "others": {n: s for n, s in ids.items() if n not in named},
         "seconds": float((folder(root, run) / ".done").read_text()), "steps": _steps(folder(root, run)),
     }  # fmt: skip

@@ -79,6 +79,10 @@ def invalid(data: Path) -> None:
     _write(data, out)
 
 
+def utf16(data: Path) -> None:
+    _write(data, (text.decode(errors="replace").encode("utf-16") for text in documents()))
+
+
 def another_kind(data: Path) -> None:
     """Held out is the tail of a corpus that was not shuffled: tables of numbers."""
     _write(data / "text", documents())
@@ -99,7 +103,7 @@ def _write(folder: Path, texts: Iterator[bytes] | list[bytes]) -> None:
 
 
 TEXTS: tuple[Callable[[Path], None], ...] = (
-    plain, few, random_bytes, duplicated, nearly_duplicated, invalid, another_kind, held_out_copies,
+    plain, few, random_bytes, duplicated, nearly_duplicated, invalid, utf16, another_kind, held_out_copies,
 )  # fmt: skip
 
 

@@ -41,8 +41,19 @@ def test_the_table_tells_found_from_missed():
     assert text.count("**missed**") == text.count("**false alarm**") == 1
 
 
+def test_faults_that_no_rule_was_made_for_have_a_table_of_their_own():
+    row = {"run": "a", "healthy": False, "found": {"leak": "warning"}, "others": {}, "seconds": 1.0, "steps": 9}
+    rows = [row | {"run": "b", "unseen": "learnt", "at_first": []}, row | {"unseen": "learnt", "at_first": ["leak"]}]
+    rows += [row | {"found": {}, "unseen": "fresh", "at_first": []}]
+    text = faulty_runs_section({"rows": [row, *rows], "machine": MACHINE})
+    assert "1 of 1 faults found (100 %)" in text
+    assert "of 2 faults the rules as they were named 1, and name 2" in text
+    assert "of 1 written down after that, 0 are named" in text
+    assert "| b | 9 | yes | **missed** | found | `leak` warning |" in text
+
+
 def test_every_fault_has_a_name_of_ours_and_a_valid_config(tmp_path):
-    runs = (*faults.FAULTS, *faults.HEALTHY)
+    runs = (*faults.FAULTS, *faults.UNSEEN, *faults.HEALTHY)
     assert len({r.name for r in runs}) == len(runs)
     assert len(faults.HEALTHY) == 6
     for r in runs:
