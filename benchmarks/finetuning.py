@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "everything": {},
     "what decides on chunks frozen": {"freeze": KEEP_CHUNKS, **STILL},
     "only the inner network": {"freeze": [*KEEP_CHUNKS, "residual", "decoder", "lm_head"], **STILL},
+    "adapters of rank 8 on blocks": {"lora_rank": 8},
     "everything, from scratch": {"init_from": ""},
 }
 KEY = ("text", "arm", "steps", "seed")
