@@ -43,9 +43,6 @@ def _check_name(name: str, where: str) -> str:
     return name
 
 
-_active = _check_name(os.environ.get("HNET_KERNELS_BACKEND", "auto"), "HNET_KERNELS_BACKEND")
-
-
 def preferences(text: str) -> dict[str, str]:
     """Op to backend, from HNET_KERNELS_PREFER: "cuda:route,cuda:dechunk_step"."""
     found = {}
@@ -60,7 +57,22 @@ def preferences(text: str) -> dict[str, str]:
     return found
 
 
-_preferred = dict.fromkeys(CUDA_PREFERRED, "cuda") | preferences(os.environ.get("HNET_KERNELS_PREFER", ""))
+_active, _preferred = os.environ.get("HNET_KERNELS_BACKEND", "auto"), dict.fromkeys(CUDA_PREFERRED, "cuda")
+_environment_error: str | None = None  # an import that fails could only end in a traceback
+try:
+    _check_name(_active, "HNET_KERNELS_BACKEND")
+    _preferred |= preferences(os.environ.get("HNET_KERNELS_PREFER", ""))
+except ValueError as e:
+    _environment_error = str(e)
+
+
+def check_environment() -> None:
+    """
+    Raises:
+        ValueError: HNET_KERNELS_BACKEND or HNET_KERNELS_PREFER is not what it must be. So does every op.
+    """
+    if _environment_error is not None:
+        raise ValueError(_environment_error)
 
 
 @contextmanager
@@ -143,6 +155,7 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
 
 
 def _choose(name: str, op: str, device_type: str, dtype: torch.dtype, of_many: bool) -> str:
+    check_environment()
     if of_many and op in CPU_OPS and name in ("triton", "cuda"):
         name = "auto"
     if name != "auto":
@@ -165,7 +178,7 @@ def resolve(name: str | None, op: str, x: Tensor) -> str:
     """The backend for `op` on tensors like `x`: `name`, else the `backend(...)` in force, else the best usable.
 
     Raises:
-        ValueError: `name` is not a backend.
+        ValueError: `name`, or what the environment names, is not a backend.
         BackendUnavailable: the backend named cannot run here; the message has the reason of each.
     """
     if name is None:

@@ -36,6 +36,8 @@ def report() -> str:
         f"hnet-kernels {__version__} on {platform.system()} {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     ]
+    if dispatch._environment_error is not None:
+        return f"{lines[0]}\nNOTHING RUNS: {dispatch._environment_error}"
     error = dispatch.native_error()
     if error is None:
         _C = importlib.import_module("hnet_kernels._C")

@@ -49,7 +49,12 @@ class OneLineErrors(click.Group):
 def main(traceback: bool) -> None:
     """Train and run H-Nets: byte-level language models that learn their own chunks (arXiv 2507.07955)."""
     from hnet_kernels import keep_memory
+    from hnet_kernels.dispatch import check_environment
 
+    try:
+        check_environment()
+    except ValueError as e:
+        raise UserError(str(e)) from None
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets a question mark, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

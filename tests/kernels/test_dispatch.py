@@ -47,19 +47,28 @@ def test_a_named_backend_never_falls_back_and_lists_every_reason():
 
 
 def test_environment_variable():
-    def run(value):
-        code = "import torch, hnet_kernels.dispatch as d; print(d.resolve(None, 'route', torch.empty(1)), d._preferred)"
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "HNET_KERNELS_BACKEND": value, "HNET_KERNELS_PREFER": "cuda:route"},
-            capture_output=True,
-            text=True,
-        )
+    code = "import torch, hnet_kernels.dispatch as d; print(d.resolve(None, 'route', torch.empty(1)), d._preferred)"
+
+    def run(backend, preferred="cuda:route", command=("-c", code)):
+        env = {**os.environ, "HNET_KERNELS_BACKEND": backend, "HNET_KERNELS_PREFER": preferred}
+        return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
     assert run("reference").stdout.strip() == "reference {'route': 'cuda'}"
     bad = run("fast")
     assert bad.returncode != 0
-    assert "HNET_KERNELS_BACKEND must be one of" in bad.stderr
+    assert "ValueError: HNET_KERNELS_BACKEND must be one of" in bad.stderr
+    bad = run("auto", "cpu:route")
+    assert "ValueError: HNET_KERNELS_PREFER must be a list of cuda:OP" in bad.stderr
+    said = run("fast", command=("-m", "hnet_kernels.info"))
+    assert said.returncode == 0
+    assert (
+        "NOTHING RUNS: HNET_KERNELS_BACKEND must be one of reference, cpu, triton, cuda, auto, got 'fast'"
+        in said.stdout
+    )
+    command = run("fast", command=("-m", "hnet", "info"))
+    assert command.returncode == 1
+    (line,) = command.stderr.splitlines()
+    assert line == "Error: HNET_KERNELS_BACKEND must be one of reference, cpu, triton, cuda, auto, got 'fast'"
 
 
 @pytest.fixture
