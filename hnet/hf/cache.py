@@ -39,6 +39,12 @@ class HNetCache(Cache):
         slots = self.slots
         if slots is None or slots.size != input_ids.shape[0]:
             raise UserError(f"past_key_values holds {slots and slots.size} rows, input_ids has {input_ids.shape[0]}")
+        needed = max(slots.root.seen) + input_ids.shape[1]
+        if needed > self.max_length:
+            raise UserError(
+                f"past_key_values has room for {self.max_length} bytes a row, these need {needed}: to go on from a "
+                f"cache, make it as large first, past_key_values=hnet.hf.HNetCache({needed}), or larger"
+            )
         return torch.stack([model.step(column, slots)[0] for column in input_ids.unbind(1)], 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -165,6 +165,8 @@ class HNetForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: of how many last positions, or of which, logits are returned; 0: all.
             num_items_in_batch: labels of all micro-batches of a step together, over which loss is the mean; the Trainer
                 gives it.
+            shift_labels: (B, L) int64, instead of labels: position t predicts shift_labels[t]. (Among the keywords: the
+                Trainer takes every argument named so for one that all data have.)
             use_cache, other keywords: not looked at.
 
         Raises:
@@ -173,8 +175,9 @@ class HNetForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or input_ids.dim() != 2 or kwargs.get("inputs_embeds") is not None:
             raise UserError("an H-Net reads bytes: input_ids must be (B, L) and inputs_embeds left out")
+        shift_labels = kwargs.get("shift_labels")
         if past_key_values is not None:
-            if labels is not None:
+            if labels is not None or shift_labels is not None:
                 raise UserError("labels must be left out where past_key_values is given")
             logits = self._decode(input_ids, attention_mask, past_key_values)
             result = HNetOutput(logits=_keep(logits, logits_to_keep), past_key_values=past_key_values)
@@ -185,8 +188,10 @@ class HNetForCausalLM(PreTrainedModel, GenerationMixin):
         out = self.native(ids, cu_seqlens=cu_seqlens)
         logits = _unpack(out.logits, there, input_ids.shape)
         result = HNetOutput(logits=_keep(logits, logits_to_keep), routing=out.routing)
-        if labels is not None:
+        targets = None if shift_labels is None else _packed(shift_labels, there)
+        if targets is None and labels is not None:
             targets = _targets(labels, there)
+        if targets is not None:
             result.ce, result.ratio_loss, result.loss = self._losses(out, targets, num_items_in_batch)
         return result if self._as_dict(return_dict) else result.to_tuple()
 
@@ -228,6 +233,10 @@ class HNetForCausalLM(PreTrainedModel, GenerationMixin):
                 "generate() of an H-Net samples or is greedy; beam search needs use_cache=False, since the cache "
                 f"cannot take rows back; {generation_mode} is not offered otherwise"
             )
+        if generation_config.output_hidden_states or generation_config.output_attentions:
+            raise UserError("an H-Net has no hidden states or attentions to return: its stages differ in length")
+        if generation_config.guidance_scale not in (None, 1):
+            raise UserError(f"guidance_scale must be left out, got {generation_config.guidance_scale:g}: not offered")
         GenerationMixin._validate_generation_mode(cast(Any, self), generation_mode, generation_config, *rest)
 
     def _prepare_cache_for_generation(
@@ -278,9 +287,12 @@ def _unpack(rows: Tensor, there: Tensor | None, shape: torch.Size) -> Tensor:
 def _targets(labels: Tensor, there: Tensor | None) -> Tensor:
     """(B, L) -> (T,): the label after each position of the pack, if that is text"""
     after = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if there is None:
-        return after.reshape(-1)
-    return after.masked_fill(~F.pad(there[:, 1:], (0, 1)), IGNORE)[there]
+    return _packed(after if there is None else after.masked_fill(~F.pad(there[:, 1:], (0, 1)), IGNORE), there)
+
+
+def _packed(values: Tensor, there: Tensor | None) -> Tensor:
+    """(B, L) -> (T,)"""
+    return values.reshape(-1) if there is None else values[there]
 
 
 def _keep(logits: Tensor, which: int | Tensor) -> Tensor:

@@ -223,6 +223,12 @@ def test_loss_is_that_of_our_trainer(model, native, texts, side):
     assert torch.allclose(out.ce, want.ce, atol=1e-5)
     assert torch.allclose(out.ratio_loss, want.ratio_loss, atol=1e-5)
     assert torch.allclose(out.loss, want.loss, atol=1e-5)
+    shifted = torch.full_like(ids, -100)
+    shifted[mask == 1] = pack.roll(-1).masked_fill(~inside, -100)
+    for rubbish in (None, ids + 1):  # labels already in their places count alone
+        again = model(ids, attention_mask=mask, labels=rubbish, shift_labels=shifted)
+        assert torch.equal(again.loss, out.loss)
+    assert not torch.allclose(model(ids, attention_mask=mask, shift_labels=shifted.flip(1)).loss, out.loss, atol=1e-3)
     labels = ids.clone()
     labels[0] = -100
     some = model(ids, attention_mask=mask, labels=labels)
@@ -253,6 +259,12 @@ def test_calls_that_make_no_sense(model):
         model(ids, attention_mask=torch.tensor([[1, 1, 1, 0]] * 2), past_key_values=HNetCache(8))
     with pytest.raises(ValueError, match="labels must be left out"):
         model(ids, labels=ids, past_key_values=HNetCache(8))
+    for asked, what in [("output_hidden_states", True), ("output_attentions", True), ("guidance_scale", 2.0)]:
+        message = (
+            "guidance_scale must be left out, got 2" if asked == "guidance_scale" else "no hidden states or attent"
+        )
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{asked: what})
     with pytest.raises(ValueError, match="cannot be resized"):
         model.resize_token_embeddings(300)
 
@@ -288,7 +300,10 @@ def test_a_cache_is_taken_up_again(model, native):
     with torch.no_grad():
         first = model(ids[:, :4], past_key_values=cache).logits
         rest = model(ids[:, 4:], past_key_values=cache).logits
-    assert torch.allclose(torch.cat([first, rest], 1), native(ids).logits, atol=1e-4)
+        assert torch.allclose(torch.cat([first, rest], 1), native(ids).logits, atol=1e-4)
+        with pytest.raises(ValueError, match=r"room for 20 bytes a row, these need 22: .*HNetCache\(22\)"):
+            model(ids[:, :1].expand(1, 13), past_key_values=cache)
+        assert cache.slots.root.seen == [9]  # nothing was fed
 
 
 def test_beams_are_exact_without_cache_and_refused_with(model):
