@@ -63,12 +63,13 @@ learning: setup
 smoke: setup
 	$(PYTEST) benchmarks -q --smoke
 
-# The packages of .venv lend what the wheel depends on; its own hooks, such as our editable install, stay behind
+# The packages of .venv lend what the wheel depends on; its own hooks, such as our editable install, stay behind. What is
+# compiled for one wheel serves the other
 wheel: setup
 	rm -rf build/wheel
 	set -e; for kind in all ops; do \
 	  $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel/$$kind . \
-	    -C build-dir=build/wheel/$$kind/build \
+	    -C build-dir=build/wheel/build \
 	    -C cmake.define.HNET_OPS_ONLY=$$(test $$kind = ops && echo ON || echo OFF); \
 	  $(BIN)/python -m venv build/wheel/$$kind/venv; \
 	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
