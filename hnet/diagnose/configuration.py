@@ -108,7 +108,7 @@ def optimiser(log: Log) -> list[Finding]:
         half = np.log(2) / shrink
         why = [
             f"weight_decay {decay:g} x learning rate {lr * max(multipliers, default=1.0):.3g}: at the peak matrices "
-            f"lose half of what they hold in {half:.0f} steps ({row('decay').source})."
+            f"lose half of what they hold in {half:.0f} steps. The product is {shrink:.2g}; {row('decay').source}."
         ]
         keys: dict[str, Any] = {"weight_decay": 0.1}
         title = "Weights decay faster than they can learn"
