@@ -12,7 +12,11 @@ namespace hnet {
 namespace HNET_ISA {
 namespace {
 
-constexpr int64_t kOut = 4, kRows = 4;          // of a tile, whose sums stay in registers
+#if defined(__AVX512F__)
+constexpr int64_t kOut = 4, kRows = 6;          // of a tile, whose sums stay in registers
+#else
+constexpr int64_t kOut = 4, kRows = 4;
+#endif
 constexpr int64_t kWorth = int64_t(1) << 17;    // multiplications that pay for a second thread
 
 inline void prefetch(const void* p) {
@@ -24,7 +28,7 @@ inline void prefetch(const void* p) {
 }
 
 // y[r][o] of N rows x, `ld` apart, and the kOut rows of weights w
-template <class E, int N>
+template <class E, int N, bool First>
 inline void tile(const E* const* w, int64_t next, const float* x, int64_t ld, int64_t in, float (*y)[kOut]) {
   vf acc[N][kOut];
   for (int r = 0; r < N; ++r) {
@@ -40,13 +44,24 @@ inline void tile(const E* const* w, int64_t next, const float* x, int64_t ld, in
   };
   int64_t i = 0;
   for (; i + W <= in; i += W) {
-    for (int o = 0; o < kOut; ++o) prefetch(w[o] + i + next);
+    if (First) {  // for the others the next block is on its way
+      for (int o = 0; o < kOut; ++o) prefetch(w[o] + i + next);
+    }
     add(i, [](const E* p) { return load(p); }, [](const float* p) { return load(p); });
   }
   if (i < in) {
     add(i, [&](const E* p) { return load_tail(p, in - i); }, [&](const float* p) { return load_tail(p, in - i); });
   }
   for (int r = 0; r < N; ++r) sum4(acc[r], y[r]);
+}
+
+// Of `rows` rows, 1 to N
+template <class E, int N, bool First>
+inline void tile_of(int64_t rows, const E* const* w, int64_t next, const float* x, int64_t in, float (*y)[kOut]) {
+  if constexpr (N > 1) {
+    if (rows < N) return tile_of<E, N - 1, First>(rows, w, next, x, in, y);
+  }
+  tile<E, N, First>(w, next, x, in, in, y);
 }
 
 template <class E>
@@ -63,13 +78,7 @@ void run(const Linear& a, const float* x, int64_t n, float* y, int threads) {
       int64_t rows = std::min(kRows, n - r);
       float sums[kRows][kOut];
       const float* at = x + r * a.in;
-      switch (rows) {
-        case 1: tile<E, 1>(w, next, at, a.in, a.in, sums); break;
-        case 2: tile<E, 2>(w, next, at, a.in, a.in, sums); break;
-        case 3: tile<E, 3>(w, next, at, a.in, a.in, sums); break;
-        default: tile<E, 4>(w, next, at, a.in, a.in, sums);
-      }
-      next = 0;  // the next block is on its way
+      r ? tile_of<E, kRows, false>(rows, w, next, at, a.in, sums) : tile_of<E, kRows, true>(rows, w, next, at, a.in, sums);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t o = 0; o < count; ++o) {
           float v = a.scale ? sums[i][o] * a.scale[first + o] : sums[i][o];

@@ -37,6 +37,8 @@ class StopStrings:
 
     def push(self, new: int) -> tuple[bytes, bool]:
         """Take in a byte: what may be shown now, and whether the text has ended."""
+        if not self.strings:
+            return bytes([new]), False
         held = self.held + bytes([new])
         for s in self.strings:
             if held.endswith(s):
