@@ -14,6 +14,7 @@ from hnet.errors import PathError, RunFailed, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
 
 from .models import checkpoint_of, load, load_average
+from .program import write_program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,10 +25,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @click.option("--ema", is_flag=True, help="The average of the weights that weight_ema keeps.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option(
-    "--format", "form", type=click.Choice(["hnet", "hf"]), default="hnet", show_default=True,
-    help="hf: for Hugging Face transformers, with its tokenizer; needs the extra hf. (H-Nets)",
+    "--format", "form", type=click.Choice(["hnet", "hf", "pt2"]), default="hnet", show_default=True,
+    help="hf: for Hugging Face transformers, with its tokenizer; needs the extra hf. pt2: as hnet, and a program of "
+    "torch.export besides, model.pt2, for texts of --length bytes. (H-Nets)",
 )  # fmt: skip
-def export(model: str, out: Path, ema: bool, dtype: str, form: str) -> None:
+@click.option("--length", type=click.IntRange(2), default=1024, show_default=True, help="pt2: bytes of a text.")
+def export(model: str, out: Path, ema: bool, dtype: str, form: str, length: int) -> None:
     """Write MODEL (a run directory, a checkpoint, a weights file, a folder of either format) to OUT: config.json and
     model.safetensors.
 
@@ -52,15 +55,17 @@ def export(model: str, out: Path, ema: bool, dtype: str, form: str) -> None:
             raise
         raise PathError(f"cannot write {out}: no space left") from e
     verify(lm, out, form)
+    if form == "pt2" and isinstance(lm, HNetForCausalLM):
+        write_program(lm, out, length)
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"wrote {out}: {sum(p.numel() for p in lm.parameters()) / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
 
 
 def save(lm: HNetForCausalLM | ChunkLM, out: Path, form: str) -> None:
-    if form == "hnet":
+    if isinstance(lm, ChunkLM) and form != "hnet":
+        raise UserError(f"format must be hnet for a ChunkLM, got {form}")
+    if isinstance(lm, ChunkLM) or form != "hf":
         return lm.save_pretrained(out)
-    if isinstance(lm, ChunkLM):
-        raise UserError("format must be hnet for a ChunkLM, which transformers does not know")
     from hnet import hf
 
     hf.HNetForCausalLM.from_native(lm).save_pretrained(out)
@@ -73,9 +78,14 @@ def verify(lm: HNetForCausalLM | ChunkLM, out: Path, form: str) -> None:
     Raises:
         RuntimeError: the model in `out` computes something else, be it in one bit.
     """
-    if isinstance(lm, ChunkLM):
-        return
     again: Any
+    if isinstance(lm, ChunkLM):
+        again = ChunkLM.from_pretrained(out, dtype=lm.head.weight.dtype).eval()
+        ids = torch.arange(min(256, lm.config.seq_len))[None]
+        fp32 = lm.head.weight.dtype == torch.float32  # its Fourier transforms may not run in less
+        compare(lm, again, [(lm(ids), again(ids))] if fp32 else [], out)
+        return
+    ids = torch.arange(256)[None] % lm.config.vocab_size
     if form == "hf":
         from transformers import AutoModelForCausalLM
 
@@ -83,7 +93,14 @@ def verify(lm: HNetForCausalLM | ChunkLM, out: Path, form: str) -> None:
     else:
         again = HNetForCausalLM.from_pretrained(out, dtype=lm.embeddings.weight.dtype).eval()
     again._apply(torch.clone)  # a tensor may lie in its file where matrix products add up in another order
-    ids = torch.arange(256)[None] % lm.config.vocab_size
-    pairs = [(lm(ids).logits, again(ids).logits), *((x, again.state_dict()[k]) for k, x in lm.state_dict().items())]
+    compare(lm, again, [(lm(ids).logits, again(ids).logits)], out)
+
+
+def compare(lm: Any, again: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], out: Path) -> None:
+    """
+    Raises:
+        RunFailed: two of a pair, or any weights, differ.
+    """
+    pairs = [*pairs, *((x, again.state_dict()[k]) for k, x in lm.state_dict().items())]
     if not all(a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         raise RunFailed(f"{out} does not hold the model that was to be written: do not use it, and report this")
