@@ -279,3 +279,12 @@ def test_sliding_context_from_the_command(hnet_run, chunk_lm_run):
         run(out, HELD_OUT, "--since", out)
     with pytest.raises(ValueError, match="is a ChunkLM"):
         run(hnet_run[0], HELD_OUT, "--since", out)
+
+
+def test_int8_costs_little(hnet_run):
+    fp32, int8 = (
+        json.loads(run(hnet_run[0], HELD_OUT, "--json", "--dtype", dtype))["bits_per_byte"]
+        for dtype in ("fp32", "int8")
+    )
+    assert fp32 != int8
+    assert abs(int8 / fp32 - 1) < 0.005

@@ -11,7 +11,7 @@ from hnet import HNetConfig, HNetForCausalLM
 from hnet.chunk_lm import ChunkLM
 from hnet.chunk_lm.config import ChunkLMConfig
 from hnet.cli import main
-from hnet.generate import Engine
+from hnet.generate import Engine, quantize
 from hnet.segment.render import show
 
 from ..model.test_decode_graphs import decided
@@ -263,3 +263,18 @@ def test_by_turns(place, model):
     assert out.startswith("\n".join(turns) + "\n\n")
     assert "100 bytes of text are over the limit of 50 (--max-prompt-bytes): /undo or /reset" in out
     assert "/reset  begin anew" in out
+
+
+def test_int8_writes_what_the_rounded_model_writes_and_is_for_an_hnet(place, tmp_path):
+    options = ["--temperature", 0, "--max-new-bytes", 20, "--ignore-eos", "--dtype", "int8"]
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "def f("}\n{"prompt": "x"}\n')
+    result = run(place / "hnet", "--prompts", prompts, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    rounded = quantize(HNetForCausalLM.from_pretrained(place / "hnet").eval())
+    for line, prompt in zip(lines(out), ["def f(", "x"], strict=True):
+        (want,) = rounded.generate([prompt], max_new_bytes=20, temperature=0, stop_at_eos=False)
+        assert line["text"].encode("utf-8", "surrogateescape") == want
+    refused = run(place / "chunk_lm", "--prompt", "x", *options)
+    assert refused.exit_code != 0
+    assert "--dtype int8 is for an H-Net on a CPU" in refused.output
