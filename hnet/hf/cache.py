@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -46,6 +47,18 @@ class HNetCache(Cache):
                 f"cache, make it as large first, past_key_values=hnet.hf.HNetCache({needed}), or larger"
             )
         return torch.stack([model.step(column, slots)[0] for column in input_ids.unbind(1)], 1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HNetCache:
+        """The state after a prompt, to be gone on from more than once."""
+        made = HNetCache(self.max_length)
+        made.columns = self.columns
+        if self.slots is not None:
+            native, self.slots.native = self.slots.native, None  # addresses, of a model too: found anew
+            try:
+                made.slots = copy.deepcopy(self.slots, memo)
+            finally:
+                self.slots.native = native
+        return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns

@@ -299,7 +299,10 @@ def test_a_cache_is_taken_up_again(model, native):
     cache = HNetCache(20)
     with torch.no_grad():
         first = model(ids[:, :4], past_key_values=cache).logits
+        model(ids[:, 4:5], past_key_values=(twin := copy.deepcopy(cache)))
+        model(ids[:, :4], past_key_values=copy.deepcopy(twin))  # other bytes, in another cache
         rest = model(ids[:, 4:], past_key_values=cache).logits
+        assert torch.allclose(model(ids[:, 5:], past_key_values=twin).logits, rest[:, 1:], atol=1e-4)
         assert torch.allclose(torch.cat([first, rest], 1), native(ids).logits, atol=1e-4)
         with pytest.raises(ValueError, match=r"room for 20 bytes a row, these need 22: .*HNetCache\(22\)"):
             model(ids[:, :1].expand(1, 13), past_key_values=cache)
