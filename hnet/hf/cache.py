@@ -6,7 +6,7 @@ import copy
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from hnet.errors import UserError
@@ -28,17 +28,20 @@ class HNetCache(Cache):
         super().__init__(layers=[])
         self.max_length = max_length
         self.slots: Slots | None = None
+        self.model: HNetForCausalLM | None = None  # whose state the slots hold: one and the same for every step
         self.columns = 0  # of input_ids, padding too, that were seen
 
     def fill(self, model: HNetForCausalLM, ids: Tensor, cu_seqlens: Tensor) -> Any:
         """Prompts end to end; what `prefill` returns."""
-        self.slots = model.allocate_cache(cu_seqlens.shape[0] - 1, self.max_length)
+        self.model, self.slots = model, model.allocate_cache(cu_seqlens.shape[0] - 1, self.max_length)
         return model.prefill(ids, cu_seqlens, self.slots)
 
-    def feed(self, model: HNetForCausalLM, input_ids: Tensor) -> Tensor:
-        """(B, n) more bytes -> logits (B, n, vocab)"""
-        slots = self.slots
-        if slots is None or slots.size != input_ids.shape[0]:
+    def feed(self, backbone: nn.Module, input_ids: Tensor) -> Tensor:
+        """(B, n) more bytes -> logits (B, n, vocab); by the model that filled it, which has this backbone"""
+        model, slots = self.model, self.slots
+        if model is not None and model.backbone is not backbone:
+            raise UserError("past_key_values were filled by another model")
+        if model is None or slots is None or slots.size != input_ids.shape[0]:
             raise UserError(f"past_key_values holds {slots and slots.size} rows, input_ids has {input_ids.shape[0]}")
         needed = max(slots.root.seen) + input_ids.shape[1]
         if needed > self.max_length:
@@ -51,7 +54,7 @@ class HNetCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> HNetCache:
         """The state after a prompt, to be gone on from more than once."""
         made = HNetCache(self.max_length)
-        made.columns = self.columns
+        made.model, made.columns = self.model, self.columns
         if self.slots is not None:
             native, self.slots.native = self.slots.native, None  # addresses, of a model too: found anew
             try:

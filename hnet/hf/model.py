@@ -213,7 +213,7 @@ class HNetForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _decode(self, input_ids: Tensor, mask: Tensor | None, cache: HNetCache) -> Tensor:
         if cache.columns:
-            logits = cache.feed(self.native, input_ids)
+            logits = cache.feed(self.backbone, input_ids)
         else:
             there = _present(input_ids, mask)
             if there is not None and not there[:, -1].all():

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from hnet import HNetForCausalLM as Native
 from hnet.cli.main import main
+from hnet.model import native_step
 from hnet.train.losses import losses
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'hnet-kernels[hf]'")
@@ -306,7 +307,17 @@ def test_a_cache_is_taken_up_again(model, native):
         assert torch.allclose(torch.cat([first, rest], 1), native(ids).logits, atol=1e-4)
         with pytest.raises(ValueError, match=r"room for 20 bytes a row, these need 22: .*HNetCache\(22\)"):
             model(ids[:, :1].expand(1, 13), past_key_values=cache)
+        with pytest.raises(ValueError, match="past_key_values were filled by another model"):
+            copy.deepcopy(model)(ids[:, :1], past_key_values=cache)
         assert cache.slots.root.seen == [9]  # nothing was fed
+
+
+def test_a_step_on_a_cpu_is_prepared_once(model, monkeypatch):
+    made = []
+    describe = native_step.NativeStep._describe
+    monkeypatch.setattr(native_step.NativeStep, "_describe", lambda self: made.append(self) or describe(self))
+    model.generate(torch.tensor([list(b"\xfeab")]), max_new_tokens=6, do_sample=False)
+    assert len(made) == 1
 
 
 def test_beams_are_exact_without_cache_and_refused_with(model):
