@@ -94,10 +94,9 @@ def test_compile_fullgraph(on, budget):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="no kernel of ours is in it")
-@pytest.mark.parametrize("budget", [None, 100])
-def test_inductor_compiles_the_reference(budget):
+def test_inductor_compiles_the_reference():
     """Its C++ takes a minute to compile."""
-    check_compiled("reference", "cpu", budget, "inductor")
+    check_compiled("reference", "cpu", None, "inductor")
 
 
 def test_compile_ema(on):
