@@ -43,7 +43,7 @@ SECTIONS = {
     "finetuning": ("finetuning", finetuning_section),
     "layer_ops": ("cpu", layer_ops_section),
     "scaling": ("cpu", scaling_section),
-    "decoding": ("cpu", decoding_section),
+    "decoding": ("decoding", decoding_section),
     "laptop_step": ("cpu", laptop_step_section),
     "peers": ("peers", peers_section),
     "predicted": ("predicted", predicted_section),
