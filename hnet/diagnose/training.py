@@ -14,7 +14,7 @@ from .thresholds import threshold
 LOSS = ("ce", "bpb", "loss")
 VAL = ("val_ce", "val_bpb")
 PATIENCE = ("patience", "early_stop_patience", "early_stopping_patience")
-UNTRAINED, LEARNT = 4.0, 0.05  # nats of a model that is not trained, at least; and the share a run must take off
+UNTRAINED, LEARNT = 4.0, 0.01  # nats of a model that is not trained, at least; and the share a run must take off
 IMPOSSIBLE = 0.2  # nats
 SPIKE_SIGMA, SPIKE_SHARE = 8.0, 0.25  # a spike is this far above the median before it, in noise and in the loss
 
