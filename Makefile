@@ -1,5 +1,6 @@
 # make demo   set up, train a small H-Net on Python's standard library (about four minutes), show what it learned
 # make test   set up, run the tests but for those marked slow      make test-slow   those
+#             make test-long   two that take minutes each, which run weekly
 # make gate   compile every Triton kernel for every GPU target (no GPU needed); fails on a register spill or few warps;
 #             make gate TRITON=3.6.0 again under that version, which it downloads
 # make check  ruff, mypy, schema        make bench  the benchmarks (results: make bench RESULTS=cpu)
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow gate check bench learning smoke wheel sanitize clean gpu gpu-build gpu-test gpu-bench
+.PHONY: setup demo test test-slow test-long gate check bench learning smoke wheel sanitize clean gpu gpu-build gpu-test gpu-bench
 
 setup: .venv/ready
 
@@ -37,7 +38,10 @@ test: setup
 	$(PYTEST) -m "not slow"
 
 test-slow: setup  # minutes each: none waits for another of its file
-	$(PYTEST) --dist worksteal -m slow
+	$(PYTEST) --dist worksteal -m "slow and not long"
+
+test-long: setup
+	$(PYTEST) --dist worksteal -m long
 
 gate: setup
 	$(BIN)/python -m hnet_kernels.info --compile

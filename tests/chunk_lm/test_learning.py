@@ -27,6 +27,7 @@ def losses_by_place(model, corpus, windows):
     return torch.cat(rows).mean(0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_chunk_head_beats_unigram_and_bigram_models():
     exclude = ["test", "tests", "site-packages", "lib2to3", "idlelib", "encodings"]

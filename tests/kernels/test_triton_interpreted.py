@@ -38,7 +38,7 @@ FILES = [
     "test_route test_entropy test_dechunk",
     "test_pool test_ratio_loss",
     "test_mamba2",
-    "test_strides test_torch_integration",
+    pytest.param("test_strides test_torch_integration", marks=pytest.mark.long),
     "test_ema test_triton_launches",
 ]
 
