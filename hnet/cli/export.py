@@ -13,8 +13,8 @@ from hnet.disk import full_disk
 from hnet.errors import PathError, RunFailed, UserError, user_path
 from hnet.model.causal_lm import HNetForCausalLM
 
+from .export_program import write_program
 from .models import checkpoint_of, load, load_average
-from .program import write_program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
